@@ -1,0 +1,86 @@
+"""The parts that the recipes of SoS, SoS+ and APR share: problem families, model sizes, schedules.
+
+A recipe is `recipe(method, preset)`; `configs/apr.py` and its siblings only say
+what is particular to their method. Every field is read somewhere, and a
+hyper-parameter that is not here does not exist.
+"""
+
+from ml_collections import ConfigDict
+
+# Preset -> numbers per problem, their range, the targets' range, and the widest beam of a demonstration.
+FAMILIES = {
+    "smoke": dict(count=3, low=1, high=9, target_low=10, target_high=20),
+    "laptop": dict(count=3, low=1, high=20, target_low=10, target_high=50),
+    "desktop": dict(count=4, low=1, high=12, target_low=10, target_high=24),
+    "gpu": dict(count=4, low=1, high=99, target_low=10, target_high=100),
+    "paper": dict(count=4, low=1, high=99, target_low=10, target_high=100),
+}
+MODELS = {
+    "smoke": dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
+    "laptop": dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
+    "desktop": dict(width=192, layers=6, heads=3, kv_heads=3, head_width=64, mlp_width=512, context=1024),
+    "gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
+    "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
+}
+TRAINING = {
+    "smoke": dict(steps=20, rows=4, learning_rate=3e-3, warmup_steps=5, eval_every=10, eval_problems=8),
+    "laptop": dict(steps=3400, rows=16, learning_rate=3e-3, warmup_steps=100, eval_every=850, eval_problems=200),
+    "desktop": dict(steps=6000, rows=16, learning_rate=2e-3, warmup_steps=200, eval_every=1000, eval_problems=200),
+    "gpu": dict(steps=8000, rows=64, learning_rate=1e-3, warmup_steps=400, eval_every=1000, eval_problems=500),
+    "paper": dict(steps=19000, rows=1024, learning_rate=5e-5, warmup_steps=1000, eval_every=1000, eval_problems=1000),
+}
+ROWS = {"smoke": 16, "laptop": 64, "desktop": 64, "gpu": 512, "paper": 256}
+PRESETS = tuple(FAMILIES)
+
+
+def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
+    """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    training = TRAINING[preset]
+    config = ConfigDict(
+        dict(
+            name=method if preset == "laptop" else f"{method}-{preset}",
+            seed=0,
+            problems=FAMILIES[preset],
+            demonstrator=dict(
+                method=method,
+                beam_low=1,
+                beam_high=beam_high,
+                sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
+                spawn_probability=spawn_probability,  # that an expanded node is judged promising
+                condition=0.0,  # share of demonstrations that state their budget in the prompt
+                token_bin=512,  # granularity of SoS+'s token budget
+            ),
+            # Numbers below the limit are one token each; 10 means digit by digit.
+            number_limit=10 if preset in ("gpu", "paper") else 1000,
+            model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, dtype="float32"),
+            train=dict(
+                rows=training["rows"],  # packed rows per update
+                length=MODELS[preset]["context"],  # tokens per row
+                overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
+                log_every=max(1, training["steps"] // 100),
+                eval_every=training["eval_every"],  # also checkpoints
+                eval_problems=training["eval_problems"],  # held-out problems of an evaluation during training
+            ),
+            optimizer=dict(
+                learning_rate=training["learning_rate"],
+                end_learning_rate=training["learning_rate"] / 100,
+                warmup_steps=training["warmup_steps"],
+                steps=training["steps"],
+                weight_decay=0.01,
+                clip=1.0,
+                beta1=0.9,
+                beta2=0.99,
+            ),
+            limits=dict(children=16, spawns=16, depth=1, thread_tokens=4096, rollout_tokens=65536),
+            sampler=dict(rows=ROWS[preset], burst=32, bucket=64, temperature=0.0, top_k=0, top_p=1.0),
+            evaluation=dict(problems=16 if preset == "smoke" else 500, seed=0),
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
+        )
+    )
+    if preset in ("gpu", "paper"):
+        config.model.dtype = "bfloat16"
+    if preset == "paper":
+        config.optimizer.beta2 = 0.999
+    return config.lock()

@@ -1,0 +1,88 @@
+"""What a config means, in objects: problems, demonstrations, task, model, optimizer, runtime.
+
+Every entry point builds one `Experiment` from its config before it touches the
+disk, so that a bad value is one sentence and nothing is half done.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+import solver
+from model import Decoder, ModelConfig
+from parallel_runtime import Limits, Request, Rollout, Runtime, Thread
+from sampler import Sampler, SamplerConfig
+from solver import Countdown, DemonstratorConfig, Problem, ProblemRange
+from tokenizer import Tokenizer
+from train_state import OptimizerConfig, init_params, make_mesh, make_optimizer
+
+
+class Experiment:
+    """The objects of one config. Raises ValueError, naming the field, on values that cannot work."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.config = config
+        d = config.demonstrator
+        self.tokenizer = Tokenizer(config.number_limit)
+        self.family = ProblemRange(**config.problems)
+        self.demonstrator = DemonstratorConfig(
+            d.method, (d.beam_low, d.beam_high), d.sub_beam_high, d.spawn_probability, d.condition, d.token_bin
+        )
+        self.model_config = ModelConfig(vocab_size=self.tokenizer.vocab_size, **config.model)
+        self.model = Decoder(self.model_config)
+        self.limits = Limits(**config.limits)
+        self.mesh = make_mesh(**config.mesh)
+        self.task = Countdown(self.tokenizer, d.method)
+        if config.train.length < config.model.context:
+            raise ValueError(
+                f"train.length={config.train.length} is shorter than model.context={config.model.context}: "
+                "a thread may fill the context, so rows must be at least as long"
+            )
+        self._sampler: Sampler | None = None
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the config."""
+        return make_optimizer(OptimizerConfig(**self.config.optimizer))
+
+    def param_shapes(self) -> typing.Any:
+        """Shapes of the parameters, for restoring them."""
+        return jax.eval_shape(lambda key: init_params(self.model, key), jax.random.key(0))
+
+    def parameter_count(self) -> int:
+        """Number of parameters, embedding included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes()))
+
+    def demonstration(self, split: str, seed: int, index: int) -> Rollout:
+        """Demonstration number `index` of a run."""
+        return solver.demonstration(self.family, self.demonstrator, self.tokenizer, split, seed, index)
+
+    def test_set(self) -> list[Problem]:
+        """Held-out problems of the final evaluation. They choose nothing: see `validation_set`."""
+        return self._held_out()[: self.config.evaluation.problems]
+
+    def validation_set(self) -> list[Problem]:
+        """Held-out problems that choose the best checkpoint; disjoint from the test set."""
+        return self._held_out()[self.config.evaluation.problems :]
+
+    def _held_out(self) -> list[Problem]:
+        count = self.config.evaluation.problems + self.config.train.eval_problems
+        return solver.held_out_set(self.family, self.config.evaluation.seed, count)
+
+    def runtime(self, params: typing.Any, watch: Callable[[Thread], None] | None = None) -> Runtime:
+        """A runtime over the (one) sampler of the experiment, holding these parameters."""
+        if self._sampler is None:
+            stop_ids = (self.task.end_id, self.task.spawn_id)
+            sampler_config = SamplerConfig(**self.config.sampler)
+            self._sampler = Sampler(self.model, params, sampler_config, stop_ids, self.mesh)
+        self._sampler.update(params)
+        return Runtime(self._sampler, self.task, self.limits, watch)
+
+    def solve(self, params: typing.Any, problems: Sequence[Problem]) -> list[Rollout]:
+        """One rollout per problem, in order, at the config's temperature."""
+        requests = [Request(problem) for problem in problems]
+        return self.runtime(params).run(requests, seed=(self.config.evaluation.seed,))

@@ -1,0 +1,194 @@
+"""Threads -> fixed rows of tokens: the one batch that SFT and GRPO train on.
+
+A thread becomes one *segment*: prompt, what it sampled, joined message, what it
+sampled then, and so on, spliced in the order of time. The ids that a rewind took
+out of the thread's memory (its spawn block) stay in the row, because they were
+sampled and are trained on, but nothing after the rewind sees them, and positions
+restart there. One integer per token says all of that:
+
+    token j is visible to token i of its row  iff  j <= i < until[j]
+
+so `until` is the end of the segment for most tokens, the start of the join block
+for a spawn block, and the token's own end for padding. Example (a parent, prompt
+P, listing L, spawn block S, joined message J, rest R, in one row with another
+segment X):
+
+    row        P P L L S S J J R X X .
+    position   0 1 2 3 4 5 4 5 6 0 1 0
+    until      9 9 9 9 6 6 9 9 9 . . .
+    sampled    0 0 1 1 1 1 0 0 1 0 1 0
+
+Deviation from the paper's code: it encodes a parent once per call, so that a
+prefix is computed again for every join, and trains on prompts and joined text
+as well; here every sampled id is trained on exactly once and nothing else is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from parallel_runtime import Call, Rollout, Thread
+
+
+class TokenBatch(typing.NamedTuple):
+    """Rows of packed segments; every field is [R, T] and aligned with `tokens`.
+
+    `weight` is the share of the token in the loss (0 where the id was not
+    sampled), already divided by whatever the loss is averaged over, so that no
+    packing, padding, micro-batching or device count can change the loss.
+    """
+
+    tokens: np.ndarray  # int32
+    positions: np.ndarray  # int32
+    until: np.ndarray  # int32
+    sampled: np.ndarray  # bool: the id was sampled, not injected
+    weight: np.ndarray  # float32
+    advantage: np.ndarray  # float32, of the token's rollout (GRPO)
+    old_logp: np.ndarray  # float32, under the policy that sampled it (GRPO)
+    ref_logp: np.ndarray  # float32, under the reference policy (GRPO)
+
+
+@dataclasses.dataclass
+class Segment:
+    """One piece of a row: per-token lists of equal length, `until` counted from the segment's own start."""
+
+    tokens: list[int]
+    positions: list[int]
+    until: list[int]
+    sampled: list[bool]
+    logprobs: list[float]  # 0 where not sampled
+    thread: Thread  # whose it is
+    calls: list[int]  # per token the call that sampled it, -1 where not sampled
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def splice(thread: Thread, calls: Sequence[int] | None = None) -> Segment:
+    """The thread as one segment in which the sampled ids of `calls` (default: all) are marked as sampled."""
+    segment = Segment([], [], [], [], [], thread, [])
+    memory: list[int] = []  # where in the segment the ids in the thread's memory are
+    for number, call in enumerate(thread.calls):
+        for gone in memory[call.keep :]:
+            segment.until[gone] = len(segment)
+        memory = memory[: call.keep]
+        marked = calls is None or number in calls
+        _append(segment, memory, call.injected, None, -1)
+        _append(segment, memory, call.sampled, call.logprobs or [0.0] * len(call.sampled), number if marked else -1)
+    segment.until = [until or len(segment) for until in segment.until]
+    return segment
+
+
+def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[float] | None, call: int) -> None:
+    start, count = len(segment), len(ids)
+    segment.tokens += ids
+    segment.positions += range(len(memory), len(memory) + count)
+    segment.until += [0] * count  # 0: not known to end yet
+    segment.sampled += [call >= 0] * count
+    segment.logprobs += logprobs if logprobs and call >= 0 else [0.0] * count
+    segment.calls += [call] * count
+    memory += range(start, start + count)
+
+
+def segments(thread: Thread, length: int) -> list[Segment]:
+    """The thread in segments of at most `length` tokens: spliced if it fits, else one per call.
+
+    Raises ValueError if a call alone is longer than `length`.
+    """
+    if sum(len(call.injected) + len(call.sampled) for call in thread.calls) <= length:
+        return [splice(thread)]
+    pieces = []
+    for number in range(len(thread.calls)):
+        piece = splice(_last_call_alone(thread, number), [0])
+        if len(piece) > length:
+            raise ValueError(f"a call of {len(piece)} ids does not fit rows of {length}: use longer rows")
+        piece.thread, piece.calls = thread, [number if call == 0 else -1 for call in piece.calls]
+        pieces.append(piece)
+    return pieces
+
+
+def _last_call_alone(thread: Thread, number: int) -> Thread:
+    """The thread's call `number` as if it were a first call: all its context is injected."""
+    before = Thread(thread.path, thread.calls[:number]).ids()
+    call = thread.calls[number]
+    return Thread(thread.path, [Call(0, before[: call.keep] + call.injected, call.sampled, call.logprobs)])
+
+
+class Packer:
+    """Fills `rows` x `length` tokens with segments, first fit."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.rows, self.length = rows, length
+        self.clear()
+
+    def clear(self) -> None:
+        """Empties all rows."""
+        self._free = [self.length] * self.rows
+        self._placed: list[tuple[int, int, Segment]] = []
+
+    def add(self, segment: Segment) -> bool:
+        """Places the segment in the first row with room for it; False if there is none."""
+        row = next((row for row, free in enumerate(self._free) if free >= len(segment)), None)
+        if row is None:
+            return False
+        self._placed.append((row, self.length - self._free[row], segment))
+        self._free[row] -= len(segment)
+        return True
+
+    def batch(self) -> tuple[TokenBatch, list[tuple[int, slice, Segment]]]:
+        """The rows, with `weight` 1 on sampled ids and no advantage, and where each segment lies."""
+        shape = (self.rows, self.length)
+        own_end = np.broadcast_to(np.arange(1, self.length + 1, dtype=np.int32), shape).copy()
+        zeros = [np.zeros(shape, np.float32) for _ in range(4)]
+        batch = TokenBatch(
+            np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros
+        )
+        where = []
+        for row, start, segment in self._placed:
+            span = slice(start, start + len(segment))
+            batch.tokens[row, span] = segment.tokens
+            batch.positions[row, span] = segment.positions
+            batch.until[row, span] = np.asarray(segment.until, np.int32) + start
+            batch.sampled[row, span] = segment.sampled
+            batch.weight[row, span] = segment.sampled
+            batch.old_logp[row, span] = segment.logprobs
+            where.append((row, span, segment))
+        return batch, where
+
+
+def pack_all(
+    pieces: Iterable[Segment], rows: int, length: int
+) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
+    """Packs every segment, longest first, into as many batches of `rows` x `length` as it takes.
+
+    Returns the batches and, per segment, (batch, row, columns, segment).
+    """
+    waiting = sorted(pieces, key=len, reverse=True)
+    batches, where = [], []
+    while waiting:
+        packer = Packer(rows, length)
+        waiting = [piece for piece in waiting if not packer.add(piece)]
+        batch, placed = packer.batch()
+        where += [(len(batches), *place) for place in placed]
+        batches.append(batch)
+    return batches, where
+
+
+def cut(thread: Thread, context: int) -> None:
+    """Truncates a thread in place to the first call that overruns `context`, and that call to its limit."""
+    for number, call in enumerate(thread.calls):
+        room = context - call.keep - len(call.injected)
+        if len(call.sampled) > room:
+            call.sampled, call.logprobs = call.sampled[: max(room, 0)], call.logprobs[: max(room, 0)]
+            call.stop = "context"
+            del thread.calls[number + 1 :]
+            return
+
+
+def sampled_tokens(rollout: Rollout) -> int:
+    """Ids of the rollout that are trained on."""
+    return sum(len(call.sampled) for thread in rollout.threads() for call in thread.calls)

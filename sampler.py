@@ -1,0 +1,471 @@
+"""The sampler: rows that are threads, decoded in bursts on the device, refilled, rewound and extended.
+
+A row is a KV cache of `context` ids. The host keeps what is small (the ids of
+every row, who is active, how much each may still draw) and the device what is
+large (the history); every device call is a pure function of both.
+
+  prefill  1. rewind the row to `keep` ids, append the fill's ids;
+           2. feed those that are not cached yet, but for the last one, in chunks of
+              a few fixed lengths, several rows per call; nothing else is fed.
+  decode   3. gather the histories of the active rows into a view of `bucket`-sized
+              steps, as long as the longest of them: compute follows the active
+              rows and their length, not the number of rows and the context;
+           4. burst: a `while_loop` feeds each row its last id and draws the next one.
+              New keys and values go into a tail which all rows write at the same
+              column (cheap), attention looks at view and tail. A row is done at a
+              stop id or at its limit; the burst ends after `burst` steps, or when
+              an eighth of its rows are done;
+           5. flush the tail into the histories, each row's at its own length;
+           6. the host reads ids and log-probs, and repeats until a row has stopped.
+
+The last id of a row is never fed before there is something to draw after it, so a
+row that stopped holds one id more than its cache, and a fill of a single id needs
+no prefill.
+
+Draw n of a thread is a function of (its key, n) and its distribution alone: one
+uniform, `fold_in(key, n)`, looked up in the cumulative distribution. Rows,
+devices and neighbours cannot change it, but for rounding at a near tie.
+
+Several devices: `shard_map` over the mesh axis "data"; each owns rows / devices
+rows (device d the rows d * rows / devices and on), their history and its own
+loop, and nothing is communicated. This module knows nothing of tasks, spawn or join.
+
+Deviations from the paper: its engine sends the whole context again after a join.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+import typing
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model import Decoder, Past
+from parallel_runtime import Fill, Stopped
+
+PREFILL_LENGTHS = (16, 64)  # ids fed per row and call; longer fills take several calls
+ENOUGH = 8  # a burst ends when 1 / ENOUGH of its rows are done
+ROWS, HISTORY = PartitionSpec("data"), PartitionSpec(None, "data")
+# Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
+DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
+PREFILL_COLUMNS = ("row", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How many rows there are and how they are sampled. Raises ValueError on values that make no sense."""
+
+    rows: int  # threads decoded side by side, over all devices
+    burst: int  # most decode steps per device call
+    bucket: int  # histories are viewed in multiples of this many slots
+    temperature: float  # 0 is greedy
+    top_k: int  # sample from the k most likely ids; 0 is off
+    top_p: float  # sample from the most likely ids that together have this probability; 1 is off
+
+    def __post_init__(self) -> None:
+        for field in ("rows", "burst", "bucket"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"sampler.{field} must be at least 1, not {getattr(self, field)}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampler.temperature={self.temperature} and top_k={self.top_k} must not be negative, "
+                f"and 0 < top_p={self.top_p} <= 1"
+            )
+
+
+class History(typing.NamedTuple):
+    """Keys and values of all rows; per device [L, R/data, S, K, H]."""
+
+    k: Array
+    v: Array
+
+
+class Burst(typing.NamedTuple):
+    """What a burst carries from step to step, per device; B rows take part."""
+
+    step: Array  # int32 scalar
+    count_B: Array  # int32: ids drawn in this burst
+    done_B: Array  # bool
+    token_B: Array  # int32: id to feed next
+    tail: History  # [L, B, burst, K, H], column i written at step i
+    ids_BI: Array  # int32 [B, burst]
+    logp_BI: Array  # float32 [B, burst]: model's log-probs
+    sampled_logp_BI: Array  # float32 [B, burst]: log-probs of the distribution drawn from
+
+
+# ------------------------------------------------------------------- the draw
+
+
+def sampling_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
+    """Log-probs [B, V] of the distribution sampled from: temperature, then top-k, then top-p (ties stay in).
+
+    `config.temperature` must not be 0. Ids outside the support have -inf.
+    """
+    logits_BV = logits_BV / config.temperature
+    if config.top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, config.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    logp_BV = jax.nn.log_softmax(logits_BV)
+    if config.top_p < 1:
+        falling_BV = jnp.sort(logp_BV, axis=-1, descending=True)
+        p_BV = jnp.exp(falling_BV)
+        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < config.top_p
+        least_B1 = jnp.where(needed_BV, falling_BV, jnp.inf).min(axis=-1, keepdims=True)
+        logp_BV = jax.nn.log_softmax(jnp.where(logp_BV < least_B1, -jnp.inf, logp_BV))
+    return logp_BV
+
+
+def draw(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConfig) -> tuple[Array, Array, Array]:
+    """One id per row: (ids, the model's log-probs of them, log-probs under the distribution drawn from), each [B].
+
+    key is uint32 [B, 2], number the count of draws its thread has made before.
+    """
+    logp_BV = jax.nn.log_softmax(logits_BV)
+    if config.temperature == 0:
+        ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return ids_B, _pick(logp_BV, ids_B), jnp.zeros_like(logp_BV[:, 0])
+    sampled_BV = sampling_logprobs(logits_BV, config)
+    p_BV = jnp.exp(sampled_BV)
+    # Rounding can leave the cumulative sum not quite monotone: an id of probability 0 is excluded by name.
+    cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
+    u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
+    ids_B = jnp.argmax(cumulative_BV > u_B[:, None], axis=-1).astype(jnp.int32)
+    return ids_B, _pick(logp_BV, ids_B), _pick(sampled_BV, ids_B)
+
+
+def _uniform(key_2: Array, number: Array) -> Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), number))
+
+
+def _pick(x_BV: Array, ids_B: Array) -> Array:
+    return jnp.take_along_axis(x_BV, ids_B[:, None], axis=-1)[:, 0]
+
+
+# ------------------------------------------------------------------- device functions (all shapes per device)
+
+
+def _view(history: Array, row_B: Array, slots: int) -> Array:
+    """The first `slots` slots of some rows: [L, R/data, S, K, H] -> [L, B, slots, K, H]."""
+    if row_B.shape[0] == history.shape[1]:
+        return history[:, :, :slots]  # the host sends the rows in order then
+    return history.at[:, row_B, :slots].get(mode="clip")
+
+
+def _write(history: Array, row_B: Array, start_B: Array, new: Array) -> Array:
+    """Writes new [L, B, T, K, H] to slots [start, start + T) of the rows; those of "no row" are dropped."""
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 2, 3, 4), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2)
+    )
+    where_B2 = jnp.stack([row_B, start_B], axis=1)
+    return jax.lax.scatter(history, where_B2, new, numbers, unique_indices=True, mode="drop")
+
+
+def _prefill(model: Decoder, params: typing.Any, history: History, rows_B: Array, ids_BT: Array, slots: int) -> History:
+    """Feeds ids [B, T] after the first `length` slots of their rows; rows is int32 [B, columns]."""
+    row_B, length_B = rows_B.T
+    T = ids_BT.shape[1]
+    past = []
+    if slots:
+        visible_BS = jnp.arange(slots)[None] < length_B[:, None]
+        past = [Past(_view(history.k, row_B, slots), _view(history.v, row_B, slots), visible_BS)]
+    positions_BT = length_B[:, None] + jnp.arange(T)[None]
+    _, (k, v) = model.apply({"params": params}, ids_BT, positions_BT, jnp.full_like(ids_BT, T), past)
+    return History(_write(history.k, row_B, length_B, k), _write(history.v, row_B, length_B, v))
+
+
+def _decode(
+    model: Decoder,
+    config: SamplerConfig,
+    stop_ids: tuple[int, ...],
+    params: typing.Any,
+    history: History,
+    rows_B: Array,
+    slots: int,
+) -> tuple[History, tuple[Array, Array, Array, Array]]:
+    """One burst of the rows int32 [B, columns]; returns what a `Burst` says of counts, ids and log-probs."""
+    row_B, length_B, token_B, drawn_B, limit_B, *key = rows_B.T
+    key_B2 = jax.lax.bitcast_convert_type(jnp.stack(key, axis=1), jnp.uint32)
+    past = Past(*(_view(x, row_B, slots) for x in history), jnp.arange(slots)[None] < length_B[:, None])
+    idle_B = limit_B == 0
+    enough = (jnp.sum(~idle_B) + ENOUGH - 1) // ENOUGH
+
+    def going(burst: Burst) -> Array:
+        return (burst.step < config.burst) & (jnp.sum(burst.done_B & ~idle_B) < enough)
+
+    def step(burst: Burst) -> Burst:
+        visible_BI = jnp.broadcast_to(jnp.arange(config.burst) < burst.step, burst.ids_BI.shape)
+        tokens_B1 = burst.token_B[:, None]
+        positions_B1 = length_B[:, None] + burst.step
+        logits, new = model.apply(
+            {"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), (past, Past(*burst.tail, visible_BI))
+        )
+        ids_B, logp_B, sampled_logp_B = draw(logits[:, 0], key_B2, drawn_B + burst.step, config)
+        count_B = burst.count_B + ~burst.done_B
+        stop_B = (ids_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
+        return Burst(
+            burst.step + 1,
+            count_B,
+            burst.done_B | stop_B | (count_B >= limit_B),
+            ids_B,
+            History(*(_put(tail, x, burst.step, 2) for tail, x in zip(burst.tail, new, strict=True))),
+            _put(burst.ids_BI, ids_B[:, None], burst.step, 1),
+            _put(burst.logp_BI, logp_B[:, None], burst.step, 1),
+            _put(burst.sampled_logp_BI, sampled_logp_B[:, None], burst.step, 1),
+        )
+
+    layers, B, _, K, H = past.k.shape
+    start = Burst(
+        _zeros((), jnp.int32),
+        _zeros((B,), jnp.int32),
+        idle_B,
+        token_B,
+        History(*(_zeros((layers, B, config.burst, K, H), x.dtype) for x in history)),
+        _zeros((B, config.burst), jnp.int32),
+        _zeros((B, config.burst), jnp.float32),
+        _zeros((B, config.burst), jnp.float32),
+    )
+    end = jax.lax.while_loop(going, step, start)
+    history = History(*(_write(x, row_B, length_B, tail) for x, tail in zip(history, end.tail, strict=True)))
+    return history, (end.count_B, end.ids_BI, end.logp_BI, end.sampled_logp_BI)
+
+
+def _put(x: Array, column: Array, step: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, column.astype(x.dtype), step, axis)
+
+
+def _zeros(shape: tuple[int, ...], dtype: typing.Any) -> Array:
+    """Zeros that differ between devices once the loop has run: its carry must have one type."""
+    return jax.lax.pcast(jnp.zeros(shape, dtype), "data", to="varying")
+
+
+# ------------------------------------------------------------------- host
+
+
+@dataclasses.dataclass
+class _Row:
+    """What the host knows of a row. `ids` are the row's, of which the first `cached` are in the history."""
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    limit: int = 0  # ids that may still be drawn; 0 is inactive
+    key: tuple[int, int] = (0, 0)
+    drawn: int = 0
+    stopped: Stopped | None = None  # filled while the row is active
+
+
+class Sampler:
+    """`rows` threads of a decoder, decoded side by side; an `Engine` for `parallel_runtime.Runtime`.
+
+    `params` are the decoder's, `stop_ids` end a row, `mesh` (default: one device) has an axis "data" over
+    which the rows are spread. Raises ValueError if the rows do not divide evenly over it.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: typing.Any,
+        config: SamplerConfig,
+        stop_ids: Sequence[int],
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("data",))
+        self.rows, self.devices, self.context = config.rows, self.mesh.shape["data"], model.config.context
+        if self.rows % self.devices:
+            raise ValueError(f"sampler.rows={self.rows} must be a multiple of the {self.devices} devices")
+        if config.top_k > model.config.vocab_size:
+            raise ValueError(f"sampler.top_k={config.top_k} exceeds the vocabulary of {model.config.vocab_size}")
+        self.model, self.config = model, config
+        self.per_device = self.rows // self.devices
+        self.row_buckets = _doubling(1, self.per_device)
+        self.slot_buckets = _two_bits(config.bucket, self.context)
+        self.counters: collections.Counter[str] = collections.Counter()
+        self._stop_ids = frozenset(stop_ids)
+        self._history = self._empty_history()
+        self._compile(tuple(stop_ids))
+        self.update(params)
+        self.reset()
+
+    def _empty_history(self) -> History:
+        c = self.model.config
+        # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
+        slots = self.slot_buckets[-1] + max(self.config.burst, PREFILL_LENGTHS[-1])
+        shape = (c.layers, self.rows, slots, c.kv_heads, c.head_width)
+        zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, HISTORY))
+        return History(zeros(), zeros())
+
+    def _compile(self, stop_ids: tuple[int, ...]) -> None:
+        """Defines the two jitted functions; they compile once per bucket."""
+
+        def prefill(params: typing.Any, history: History, rows: Array, ids: Array, slots: int) -> History:
+            self.counters["compilations"] += 1
+            device = functools.partial(_prefill, self.model, slots=slots)
+            return self._shard(device, (PartitionSpec(), HISTORY, ROWS, ROWS), HISTORY)(params, history, rows, ids)
+
+        def decode(params: typing.Any, history: History, rows: Array, slots: int) -> typing.Any:
+            self.counters["compilations"] += 1
+            device = functools.partial(_decode, self.model, self.config, stop_ids, slots=slots)
+            return self._shard(device, (PartitionSpec(), HISTORY, ROWS), (HISTORY, ROWS))(params, history, rows)
+
+        self._prefill = jax.jit(prefill, static_argnames="slots", donate_argnames="history")
+        self._decode = jax.jit(decode, static_argnames="slots", donate_argnames="history")
+
+    def _shard(self, function: typing.Any, in_specs: typing.Any, out_specs: typing.Any) -> typing.Any:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def update(self, params: typing.Any) -> None:
+        """Takes new parameters of the same shapes. Rows keep what they have cached under the old ones."""
+        dtype = self.model.config.dtype  # matrices are computed in it; the scales of norms stay float32
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+        self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+
+    def reset(self) -> None:
+        """Stops and empties every row."""
+        self._state = [_Row() for _ in range(self.rows)]
+
+    def prefill(self, fills: list[Fill]) -> None:
+        """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
+
+        Raises ValueError if there is nothing to rewind to, nothing to extend by, or no room to draw.
+        """
+        begin = time.perf_counter()
+        device = self.counters["prefill_seconds"]
+        for fill in fills:
+            self._check(fill)
+            row = self._state[fill.row]
+            row.ids = row.ids[: fill.keep] + fill.ids
+            row.cached = min(row.cached, fill.keep)
+            row.limit, row.key, row.drawn = min(fill.limit, self.context - len(row.ids)), fill.key, fill.drawn
+            row.stopped = Stopped(fill.row, [], [], [])
+        waiting = [fill.row for fill in fills]
+        while waiting := [number for number in waiting if self._lacking(number)]:
+            self._feed(waiting)
+        self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)
+
+    def _check(self, fill: Fill) -> None:
+        if not 0 <= fill.row < self.rows:
+            raise ValueError(f"there is no row {fill.row} of {self.rows}")
+        length = len(self._state[fill.row].ids)
+        if not 0 <= fill.keep <= length:
+            raise ValueError(f"row {fill.row} has {length} ids and cannot keep {fill.keep}")
+        if not fill.ids or fill.limit < 1:
+            raise ValueError(f"a fill needs ids ({len(fill.ids)} given) and a limit of at least 1 ({fill.limit} given)")
+        if fill.keep + len(fill.ids) >= self.context:
+            raise ValueError(f"{fill.keep} + {len(fill.ids)} ids leave no room to draw in a context of {self.context}")
+
+    def _lacking(self, number: int) -> int:
+        return len(self._state[number].ids) - 1 - self._state[number].cached
+
+    def _feed(self, waiting: list[int]) -> None:
+        """One chunk of each waiting row goes through the model."""
+        length = _fit(PREFILL_LENGTHS, min(max(map(self._lacking, waiting)), PREFILL_LENGTHS[-1]))
+        slots = max(self._state[number].cached for number in waiting)
+        rows, order = self._layout(waiting, len(PREFILL_COLUMNS))
+        ids = np.zeros((len(rows), length), np.int32)
+        for place, number in order:
+            row = self._state[number]
+            chunk = row.ids[row.cached : -1][:length]
+            rows[place, 1], ids[place, : len(chunk)] = row.cached, chunk
+            row.cached += len(chunk)
+            self.counters["prefill_tokens"] += len(chunk)
+        begin = time.perf_counter()
+        self._history = self._prefill(
+            self._params, self._history, *self._put(rows, ids), slots=_fit(self.slot_buckets, slots) if slots else 0
+        )
+        jax.block_until_ready(self._history)
+        self.counters["prefill_calls"] += 1
+        self.counters["prefill_seconds"] += time.perf_counter() - begin
+
+    def _layout(self, numbers: list[int], columns: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """int32 [devices * B, columns] with column `row` filled in, and (place in it, number) of every row."""
+        places: list[list[int]] = [[] for _ in range(self.devices)]
+        for number in numbers:
+            places[number // self.per_device].append(number)
+        size = _fit(self.row_buckets, max(map(len, places)))
+        rows = np.zeros((self.devices * size, columns), np.int32)
+        rows[:, 0] = self.per_device  # no row
+        if size == self.per_device:
+            order = [(number, number) for number in numbers]
+        else:
+            order = [(device * size + i, number) for device, held in enumerate(places) for i, number in enumerate(held)]
+        for place, number in order:
+            rows[place, 0] = number % self.per_device
+        return rows, order
+
+    def _put(self, *arrays: np.ndarray) -> typing.Any:
+        return jax.device_put(arrays, NamedSharding(self.mesh, ROWS))
+
+    def decode(self) -> list[Stopped]:
+        """Bursts until a row has stopped; returns those that have, in order of rows. No active row: []."""
+        stopped: list[Stopped] = []
+        while not stopped:
+            active = [number for number, row in enumerate(self._state) if row.limit]
+            if not active:
+                break
+            stopped = self._burst(active)
+        return stopped
+
+    def _burst(self, active: list[int]) -> list[Stopped]:
+        begin = time.perf_counter()
+        rows, order = self._layout(active, len(DECODE_COLUMNS))
+        for place, number in order:
+            row = self._state[number]
+            rows[place, 1:5] = row.cached, row.ids[-1], row.drawn, row.limit
+            rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
+        slots = _fit(self.slot_buckets, max(self._state[number].cached for number in active))
+        called = time.perf_counter()
+        self._history, outputs = self._decode(self._params, self._history, self._put(rows)[0], slots=slots)
+        count, *outputs = jax.device_get(outputs)
+        returned = time.perf_counter()
+        stopped = [row for place, number in order if (row := self._book(number, count[place], *(x[place] for x in outputs)))]
+        self.counters["bursts"] += 1
+        self.counters["decode_steps"] += int(count.max())
+        self.counters["decode_tokens"] += int(count.sum())
+        self.counters["decode_seconds"] += returned - called
+        self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
+        return sorted(stopped, key=lambda row: row.row)
+
+    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled: np.ndarray) -> Stopped | None:
+        """Notes what a row has drawn; returns it if it has stopped."""
+        row = self._state[number]
+        assert row.stopped is not None
+        new = ids[:count].tolist()
+        row.ids += new
+        row.cached += len(new)
+        row.drawn += len(new)
+        row.limit -= len(new)
+        row.stopped.ids += new
+        row.stopped.logprobs += logp[:count].tolist()
+        row.stopped.sampled_logprobs += sampled[:count].tolist()
+        if row.limit and not (new and new[-1] in self._stop_ids):
+            return None
+        row.limit = 0
+        return row.stopped
+
+
+def _fit(buckets: Sequence[int], needed: int) -> int:
+    return next(bucket for bucket in buckets if bucket >= needed)
+
+
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ... and last."""
+    buckets = [first]
+    while buckets[-1] < last:
+        buckets.append(min(2 * buckets[-1], last))
+    return tuple(buckets)
+
+
+def _two_bits(unit: int, last: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... times unit, up to the first that is not below `last`: a third is wasted at most."""
+    buckets = [unit]
+    while buckets[-1] < last:
+        times = buckets[-1] // unit
+        buckets.append(unit * (times + max(1, (1 << times.bit_length()) // 4)))
+    return tuple(buckets)

@@ -1,0 +1,165 @@
+"""Stage one: imitate the symbolic solver (paper, sections 3.3 and 4).
+
+    python sft.py --config=configs/apr.py                 # trains, evaluates, shows a solved problem
+    python sft.py --config=configs/apr.py:smoke           # the same path in under a minute
+    python sft.py --config=configs/sosp.py --config.optimizer.steps=1000 --workdir=runs/short
+
+  1. Draw demonstrations on the fly: number i of a run is fixed by (seed, i).
+  2. Pack their threads into rows; drop (or cut) what does not fit the context.
+  3. `train_step` with `sft_loss`: the mean negative log-likelihood of exactly the
+     ids the demonstrator "sampled". Prompts and joined messages are context.
+  4. Now and then solve held-out problems with real parent and child threads,
+     keep the best parameters, and checkpoint the state with its data cursor.
+  5. At the end evaluate the best parameters on held-out problems that chose nothing.
+
+Deviations from the paper: its code trains on all tokens of a call, prompts and
+joined text included, and cuts over-long calls; see `packing.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import typing
+
+import jax
+from absl import flags
+from jax import Array
+from ml_collections import config_flags
+
+import packing
+from evaluate import report
+from experiment import Experiment
+from packing import Packer, Segment, TokenBatch
+from parallel_runtime import longest_context
+from train_state import Outputs, TrainState, init_state, make_train_step, stack
+from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
+
+def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+    """Negative log-likelihood of the sampled ids, [R, T]; `batch.weight` is 1 / (sampled ids of the whole batch)."""
+    return -batch.weight * out.logp, {}
+
+
+class DemonstrationStream:
+    """Packed demonstrations without end; `cursor` says where it stands and is all it takes to resume.
+
+    The cursor is (next demonstration, first of its segments not yet packed). A
+    segment that fits no row of a batch opens the next one.
+    """
+
+    def __init__(self, experiment: Experiment, cursor: tuple[int, int]) -> None:
+        config = experiment.config
+        if config.train.overlong not in ("drop", "cut"):
+            raise ValueError(f"train.overlong must be 'drop' or 'cut', not {config.train.overlong!r}")
+        self.experiment, self.overlong = experiment, config.train.overlong
+        self.cursor = cursor
+        self.demonstrations = self.overlong_seen = 0  # drawn, and of these too long, since the start of the process
+        self._packer = Packer(config.train.rows, config.train.length)
+        self._segments: list[Segment] = self._draw(cursor[0])
+
+    def _draw(self, index: int) -> list[Segment]:
+        config = self.experiment.config
+        rollout = self.experiment.demonstration("train", config.seed, index)
+        self.demonstrations += 1
+        if longest_context(rollout.root) > config.model.context:
+            self.overlong_seen += 1
+            if self.overlong == "drop":
+                return []
+            for thread in rollout.threads():
+                packing.cut(thread, config.model.context)
+        return [piece for thread in rollout.threads() for piece in packing.segments(thread, config.train.length)]
+
+    def next(self) -> TokenBatch:
+        """The next batch, [1, R, T], weighted so that a sum over it is a mean over sampled ids."""
+        self._packer.clear()
+        index, offset = self.cursor
+        while True:
+            while offset < len(self._segments):
+                if not self._packer.add(self._segments[offset]):
+                    self.cursor = (index, offset)
+                    batch, _ = self._packer.batch()
+                    return stack([batch._replace(weight=batch.weight / batch.sampled.sum())])
+                offset += 1
+            index, offset = index + 1, 0
+            self._segments = self._draw(index)
+
+
+def train(experiment: Experiment, workdir: Workdir) -> None:
+    """Runs or resumes the training loop; leaves checkpoints and the best parameters in `workdir`."""
+    config, mesh = experiment.config, experiment.mesh
+    optimizer = experiment.optimizer()
+    state = init_state(experiment.model, optimizer, mesh, jax.random.key(config.seed))
+    extra: dict[str, typing.Any] = {"cursor": (0, 0), "best": -1.0, "seconds": 0.0}
+    if (restored := workdir.restore(state)) is not None:
+        state, extra = restored
+    train_step = make_train_step(experiment.model, optimizer, sft_loss, mesh)
+    stream = DemonstrationStream(experiment, tuple(extra["cursor"]))
+    start, total = int(state.step), config.optimizer.steps
+    progress = Progress(total, start, "step")
+    clock, pending = time.monotonic(), []
+    for step in range(start + 1, total + 1):
+        state, metrics = train_step(state, stream.next())
+        pending.append(metrics)
+        progress.update(step)
+        if step % config.train.log_every == 0 or step == total:
+            values = _log(workdir, step, pending, time.monotonic() - clock, stream)
+            text = f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+            progress.update(step, text)
+            extra["seconds"] += time.monotonic() - clock
+            clock, pending = time.monotonic(), []
+        if step % config.train.eval_every == 0 or step == total:
+            _validate(experiment, workdir, state, step, extra)
+            workdir.save(step, state, {**extra, "cursor": stream.cursor})
+            clock = time.monotonic()
+    progress.close()
+
+
+def _log(workdir: Workdir, step: int, pending: list[dict], seconds: float, stream: DemonstrationStream) -> dict:
+    """Writes the means since the last log line. Raises UsageError at the first non-finite loss."""
+    fetched = jax.device_get(pending)
+    values = {name: sum(m[name] for m in fetched) / len(fetched) for name in ("loss", "accuracy", "entropy", "grad_norm")}
+    if not values["loss"] < float("inf"):
+        raise UsageError(f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate")
+    config = stream.experiment.config
+    values["tokens_per_second"] = len(pending) * config.train.rows * config.train.length / seconds
+    values["sampled_tokens"] = sum(m["tokens"] for m in fetched) / len(fetched)
+    values["overlong"] = stream.overlong_seen / stream.demonstrations
+    workdir.log(step, values)
+    return values
+
+
+def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, step: int, extra: dict) -> None:
+    """Solves the validation problems; keeps the parameters if they are the best so far."""
+    started = time.monotonic()
+    rollouts = experiment.solve(state.params, experiment.validation_set())
+    accuracy = sum(rollout.grade.correct for rollout in rollouts) / len(rollouts)
+    children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
+    seconds = time.monotonic() - started
+    workdir.log(step, {"heldout_accuracy": accuracy, "heldout_children": children, "heldout_seconds": seconds})
+    print(f"step {step}: held-out accuracy {accuracy:.3f} with {children:.1f} children ({seconds:.0f} s)", flush=True)
+    if accuracy >= extra["best"]:
+        extra["best"] = accuracy
+        workdir.save_best(step, state.params, {"validation_accuracy": accuracy})
+
+
+def main(_: list[str]) -> None:
+    """Trains as the config says, then evaluates the best parameters and prints the report."""
+    config = flags.FLAGS.config
+    with usage_errors():
+        experiment = Experiment(config)
+        experiment.validation_set()
+    workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
+    parameters = experiment.parameter_count()
+    print(f"{config.name}: {parameters / 1e6:.2f}M parameters, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
+    train(experiment, workdir)
+    params, result = load_best(workdir.path, experiment.param_shapes())
+    report(experiment, params, experiment.test_set(), workdir.path, result["step"])
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", "configs/apr.py", "Recipe, with an optional :preset.")
+    flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
+
+
+if __name__ == "__main__":
+    launch(define_flags, main)

@@ -1,0 +1,202 @@
+"""The functional training state, and the one step that SFT and GRPO share.
+
+`train_step` takes a state, a `TokenBatch` and a loss, and returns the next state:
+
+  1. per micro-batch: logits, log-probs of the row's own tokens, the loss's value
+     per token, and the gradient of their plain sum, added up over micro-batches
+     (the batch carries all weights, so a sum is all there is to do);
+  2. clip the gradient by its global norm (paper: 1.0);
+  3. AdamW with linear warm-up and cosine decay (paper section 4; `PAPER` preset).
+
+SFT and GRPO differ only in the `LossFn` they pass. The state is a pytree and
+nothing else is mutable; shardings come from the mesh: rows over ("data", "fsdp"),
+parameters over ("fsdp", "tensor").
+
+Deviations from the paper: weight decay spares norms and embeddings' scales (only
+matrices decay), as is usual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model import Decoder, param_specs, token_logprobs
+from packing import TokenBatch
+
+ROWS = PartitionSpec(None, ("data", "fsdp"))  # [M, R, T]: micro-batches in turn, rows spread
+
+
+class TrainState(typing.NamedTuple):
+    """Everything that training changes."""
+
+    params: typing.Any
+    opt_state: typing.Any
+    step: Array  # int32 scalar: updates taken
+
+
+class Outputs(typing.NamedTuple):
+    """What the model says about the tokens of a batch, each [R, T] and aligned with them."""
+
+    logp: Array  # log-probability of the token given those before it
+    entropy: Array  # of the distribution the token was drawn from, nats
+    top: Array  # bool: the token was the most likely one
+
+
+LossFn = Callable[[Outputs, TokenBatch], tuple[Array, dict[str, Array]]]
+"""(outputs, batch) -> (loss per token [R, T], metrics per token [R, T] to be summed)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Raises ValueError on values that cannot train."""
+
+    learning_rate: float  # peak
+    end_learning_rate: float  # at the last step
+    warmup_steps: int
+    steps: int
+    weight_decay: float
+    clip: float  # global norm
+    beta1: float
+    beta2: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"train.steps={self.steps} must be above train.warmup_steps={self.warmup_steps} >= 0")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} and clip={self.clip} must be positive")
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, AdamW, warm-up and cosine decay to `end_learning_rate`."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.end_learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """Mesh over ("data", "fsdp", "tensor"); data = -1 takes the devices the others leave. ValueError if they do not fit."""
+    count = jax.device_count()
+    if data == -1:
+        data = count // (fsdp * tensor)
+    if data < 1 or data * fsdp * tensor > count:
+        raise ValueError(f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} devices")
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"))
+
+
+def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
+    """A TrainState of shardings: parameters by `model.param_specs`, their moments alike, the rest replicated."""
+    specs = param_specs(params)
+    shapes = jax.eval_shape(optimizer.init, params)
+    opt_specs = optax.tree_map_params(
+        optimizer, lambda _, spec: spec, shapes, specs, transform_non_params=lambda _: PartitionSpec()
+    )
+    specs_state = TrainState(specs, opt_specs, PartitionSpec())
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_state, is_leaf=is_spec)
+
+
+def init_params(model: Decoder, key: Array) -> typing.Any:
+    """Random parameters (float32)."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, one, one, one + 1)["params"]
+
+
+def init_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
+    """A fresh state, born with its shardings."""
+
+    def create(key: Array) -> TrainState:
+        return start_state(optimizer, init_params(model, key))
+
+    shardings = state_shardings(mesh, optimizer, jax.eval_shape(create, key).params)
+    return jax.jit(create, out_shardings=shardings)(key)
+
+
+def start_state(optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
+    """A state at step 0 with these parameters: how GRPO starts from SFT."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:
+    """Log-prob, entropy and rank of every token of the batch."""
+    logits, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.until)
+    probs = jax.nn.softmax(jax.lax.stop_gradient(logits[:, :-1]))
+    entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs + 1e-30), 0.0), axis=-1)
+    top = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
+    first = ((0, 0), (1, 0))
+    return Outputs(token_logprobs(logits, batch.tokens), jnp.pad(entropy, first), jnp.pad(top, first))
+
+
+def make_train_step(
+    model: Decoder, optimizer: optax.GradientTransformation, loss_fn: LossFn, mesh: Mesh
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
+    """Compiles `train_step` for a mesh. Its batch has fields [M, R, T]; its first argument is donated.
+
+    The step's metrics: loss, grad_norm, tokens (sampled), accuracy and entropy
+    (means over sampled tokens), and whatever the loss reports, summed.
+    """
+
+    def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+        out = outputs(model, params, batch)
+        loss_RT, extra = loss_fn(out, batch)
+        sampled = batch.sampled.astype(jnp.float32)
+        sums = {"tokens": sampled, "accuracy": out.top * sampled, "entropy": out.entropy * sampled, **extra}
+        return loss_RT.sum(), {name: value.sum() for name, value in sums.items()}
+
+    def train_step(state: TrainState, batches: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+        def micro(m: Array | int) -> typing.Any:
+            batch = TokenBatch(*(field[m] for field in batches))
+            (loss, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
+            return grads, {"loss": loss, **sums}
+
+        if batches.tokens.shape[0] == 1:
+            grads, sums = micro(0)
+        else:  # micro-batches are filled from the front: skip the empty ones
+            used = jnp.any(batches.sampled, axis=(1, 2)).sum()
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, 0))
+            grads, sums = jax.lax.fori_loop(0, used, lambda m, total: jax.tree.map(jnp.add, total, micro(m)), zeros)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        tokens = jnp.maximum(sums["tokens"], 1)
+        means = {name: sums[name] / tokens for name in ("accuracy", "entropy")}
+        metrics = {**sums, **means, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shardings = state_shardings(mesh, optimizer, shapes)
+    rows = NamedSharding(mesh, ROWS)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, TokenBatch(*[rows] * len(TokenBatch._fields))),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+
+
+def stack(batches: list[TokenBatch], least: int = 1) -> TokenBatch:
+    """Micro-batches [R, T] as one batch [M, R, T]; M is the next power of two from `least`, the rest empty.
+
+    Few values of M mean few compilations; empty micro-batches cost nothing.
+    """
+    count = max(least, 1 << (len(batches) - 1).bit_length())
+    empty = TokenBatch(*(np.zeros_like(field) for field in batches[0]))
+    return TokenBatch(*(np.stack(fields) for fields in zip(*batches, *[empty] * (count - len(batches)), strict=True)))

@@ -1,0 +1,219 @@
+"""A run on disk: its configuration, its log, its checkpoints, and errors a user can act on.
+
+A workdir holds
+
+    config.json      every hyper-parameter of the run
+    metrics.jsonl    one JSON object per logged step
+    events.out.*     the same numbers for TensorBoard
+    checkpoints/     the latest full state (parameters, optimizer, data cursor): a killed run resumes from it
+    best/            the parameters with the best held-out accuracy so far: what evaluation and GRPO start from
+
+A directory with another configuration's run is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+
+import jax
+import orbax.checkpoint as ocp
+import tqdm
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+
+class UsageError(Exception):
+    """A mistake of the user's, told in one sentence with its remedy."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Inside, a ValueError or OSError is the user's mistake: it becomes a UsageError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
+    """Runs an entry point under absl: quiet libraries, a compilation cache, usage errors without a traceback."""
+    try:
+        define_flags()
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}: flags are written --name=value")
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/apr-jax"))
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        try:
+            main(argv)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, but a bad flag or config field is one sentence and exit status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        print(f"error: {str(error).strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Workdir:
+    """A directory that belongs to one run of one configuration."""
+
+    def __init__(self, path: str | os.PathLike, config: ConfigDict) -> None:
+        """Creates the directory, or reopens it if it holds this very configuration.
+
+        Raises UsageError if it holds another run, something else, or cannot be written.
+        """
+        self.path = pathlib.Path(path).absolute()
+        wanted = json.loads(config.to_json())
+        with usage_errors():
+            if (self.path / "config.json").exists():
+                held = read_config(self.path)
+                if changed := sorted(_differences(held, wanted)):
+                    raise UsageError(
+                        f"{path} holds a run with another configuration ({', '.join(changed)}): "
+                        "choose another --workdir, or remove that one"
+                    )
+            elif self.path.exists() and any(self.path.iterdir()):
+                raise UsageError(f"{path} is not empty and holds no run: choose another --workdir")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise UsageError(f"{path} cannot be written: choose another --workdir")
+            (self.path / "config.json").write_text(json.dumps(wanted, indent=1) + "\n")
+        self._latest = _manager(self.path / "checkpoints", "state", "extra")
+        self._best = _manager(self.path / "best", "params", "result")
+        self._writer: SummaryWriter | None = None
+
+    def save(self, step: int, state: typing.Any, extra: dict) -> None:
+        """Saves the full state after `step` updates, with JSON data (the data cursor), and drops the one before."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+        self._latest.save(step, args=args)
+
+    def restore(self, like: typing.Any) -> tuple[typing.Any, dict] | None:
+        """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir."""
+        if (step := self._latest.latest_step()) is None:
+            return None
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
+        restored = self._latest.restore(step, args=args)
+        self._forget_after(step)
+        return restored.state, restored.extra
+
+    def save_best(self, step: int, params: typing.Any, result: dict) -> None:
+        """Keeps these parameters as the best so far; `result` says how good they are."""
+        if step in self._best.all_steps():
+            self._best.delete(step)
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params), result=ocp.args.JsonSave(result))
+        self._best.save(step, args=args)
+
+    def log(self, step: int, values: dict) -> None:
+        """Appends numbers to metrics.jsonl and to TensorBoard."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path))
+        values = {name: float(value) for name, value in values.items()}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def write_json(self, name: str, value: typing.Any) -> None:
+        """Writes a result file, whole or not at all."""
+        temporary = self.path / (name + ".part")
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(self.path / name)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops log lines later than the checkpoint: the resumed run writes them again."""
+        log = self.path / "metrics.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in lines))
+
+
+def _manager(path: pathlib.Path, arrays: str, json: str) -> ocp.CheckpointManager:
+    """Keeps the newest checkpoint, which holds a tree of arrays and a JSON object under these names."""
+    handlers = {arrays: ocp.StandardCheckpointHandler(), json: ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(path, options=options, item_names=(arrays, json), item_handlers=handlers)
+
+
+def read_config(path: str | os.PathLike) -> dict:
+    """The configuration of the run in a workdir. Raises UsageError if there is none."""
+    file = pathlib.Path(path) / "config.json"
+    if not file.exists():
+        raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
+    return json.loads(file.read_text())
+
+
+def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, dict]:
+    """The best parameters of a workdir and how good they were.
+
+    Raises UsageError if there are none, or if they do not fit the shapes of `like`.
+    """
+    root = pathlib.Path(path).absolute() / "best"
+    step = None
+    if root.is_dir():
+        manager = _manager(root, "params", "result")
+        step = manager.latest_step()
+    if step is None:
+        raise UsageError(f"{path} holds no checkpoint yet: let its training reach the first evaluation")
+    shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), manager.item_metadata(step)["params"].tree)
+    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), like)
+    if changed := sorted(_differences(shapes, wanted)):
+        raise UsageError(f"the checkpoint in {path} does not fit the model ({', '.join(changed)}): use its own config")
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(like), result=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=args)
+    return restored.params, {**restored.result, "step": step}
+
+
+def _differences(left: typing.Any, right: typing.Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the entries in which two nested dicts differ, with both values."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            yield from _differences(left.get(key), right.get(key), f"{name}.{key}" if name else key)
+    elif left != right:
+        yield f"{name}={json.dumps(left)} there, {json.dumps(right)} here"
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, total: int, start: int, unit: str) -> None:
+        self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not sys.stderr.isatty())
+        self._total, self._start, self._step, self._unit = total, start, start, unit
+        self._began = time.monotonic()
+
+    def update(self, step: int, text: str | None = None) -> None:
+        """Moves to `step`; `text` is shown beside the bar, or printed as a line with the time left."""
+        self._bar.update(step - self._step)
+        self._step = step
+        if text is None:
+            return
+        if self._bar.disable:
+            seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
+            print(f"{self._unit} {step}/{self._total}  {text}  {seconds / 60:.1f} min left", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()
