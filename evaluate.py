@@ -194,7 +194,8 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> N
     def watch(thread: Thread) -> None:
         print(show_call(thread, len(thread.calls) - 1, experiment.tokenizer), flush=True)
 
-    rollout = experiment.runtime(params, watch).run([Request(problem)], seed=(experiment.config.evaluation.seed,))[0]
+    runtime = experiment.runtime(params, experiment.config.sampler.temperature, watch)
+    rollout = runtime.run([Request(problem)], seed=(experiment.config.evaluation.seed,))[0]
     verdict = "right" if rollout.grade.correct else f"wrong: {rollout.grade.reason}"
     print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")
     costs = parallel_runtime.metrics(rollout)

@@ -43,7 +43,7 @@ class Experiment:
                 f"train.length={config.train.length} is shorter than model.context={config.model.context}: "
                 "a thread may fill the context, so rows must be at least as long"
             )
-        self._sampler: Sampler | None = None
+        self._samplers: dict[float, Sampler] = {}
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the config."""
@@ -56,6 +56,10 @@ class Experiment:
     def parameter_count(self) -> int:
         """Number of parameters, embedding included."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes()))
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        """Problem number `index` of a run."""
+        return solver.problem(self.family, split, seed, index)
 
     def demonstration(self, split: str, seed: int, index: int) -> Rollout:
         """Demonstration number `index` of a run."""
@@ -73,16 +77,18 @@ class Experiment:
         count = self.config.evaluation.problems + self.config.train.eval_problems
         return solver.held_out_set(self.family, self.config.evaluation.seed, count)
 
-    def runtime(self, params: typing.Any, watch: Callable[[Thread], None] | None = None) -> Runtime:
-        """A runtime over the (one) sampler of the experiment, holding these parameters."""
-        if self._sampler is None:
+    def runtime(
+        self, params: typing.Any, temperature: float, watch: Callable[[Thread], None] | None = None
+    ) -> Runtime:
+        """A runtime that samples with these parameters; there is one sampler per temperature, compiled once."""
+        if temperature not in self._samplers:
+            settings = {**self.config.sampler, "temperature": temperature}
             stop_ids = (self.task.end_id, self.task.spawn_id)
-            sampler_config = SamplerConfig(**self.config.sampler)
-            self._sampler = Sampler(self.model, params, sampler_config, stop_ids, self.mesh)
-        self._sampler.update(params)
-        return Runtime(self._sampler, self.task, self.limits, watch)
+            self._samplers[temperature] = Sampler(self.model, params, SamplerConfig(**settings), stop_ids, self.mesh)
+        self._samplers[temperature].update(params)
+        return Runtime(self._samplers[temperature], self.task, self.limits, watch)
 
     def solve(self, params: typing.Any, problems: Sequence[Problem]) -> list[Rollout]:
         """One rollout per problem, in order, at the config's temperature."""
-        requests = [Request(problem) for problem in problems]
-        return self.runtime(params).run(requests, seed=(self.config.evaluation.seed,))
+        runtime = self.runtime(params, self.config.sampler.temperature)
+        return runtime.run([Request(problem) for problem in problems], seed=(self.config.evaluation.seed,))

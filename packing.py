@@ -47,8 +47,9 @@ class TokenBatch(typing.NamedTuple):
     until: np.ndarray  # int32
     sampled: np.ndarray  # bool: the id was sampled, not injected
     weight: np.ndarray  # float32
+    kl_weight: np.ndarray  # float32, the same for the penalty towards the reference (GRPO)
     advantage: np.ndarray  # float32, of the token's rollout (GRPO)
-    old_logp: np.ndarray  # float32, under the policy that sampled it (GRPO)
+    old_logp: np.ndarray  # float32, under the policy that sampled it (GRPO; the sampler's own until replaced)
     ref_logp: np.ndarray  # float32, under the reference policy (GRPO)
 
 
@@ -143,7 +144,7 @@ class Packer:
         """The rows, with `weight` 1 on sampled ids and no advantage, and where each segment lies."""
         shape = (self.rows, self.length)
         own_end = np.broadcast_to(np.arange(1, self.length + 1, dtype=np.int32), shape).copy()
-        zeros = [np.zeros(shape, np.float32) for _ in range(4)]
+        zeros = [np.zeros(shape, np.float32) for _ in range(5)]
         batch = TokenBatch(
             np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros
         )

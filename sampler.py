@@ -40,7 +40,7 @@ import dataclasses
 import functools
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ from parallel_runtime import Fill, Stopped
 
 PREFILL_LENGTHS = (16, 64)  # ids fed per row and call; longer fills take several calls
 ENOUGH = 8  # a burst ends when 1 / ENOUGH of its rows are done
-ROWS, HISTORY = PartitionSpec("data"), PartitionSpec(None, "data")
+ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
 DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
 PREFILL_COLUMNS = ("row", "length")
@@ -81,11 +81,24 @@ class SamplerConfig:
             )
 
 
-class History(typing.NamedTuple):
-    """Keys and values of all rows; per device [L, R/data, S, K, H]."""
+class Cache(typing.NamedTuple):
+    """Keys and values, layer by layer; per device [R/data, K, S, H], which attention reads without a copy."""
 
-    k: Array
-    v: Array
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+
+    def map(self, function: Callable[[Array], Array]) -> Cache:
+        """The function applied to the arrays of every layer."""
+        return Cache(*(tuple(map(function, part)) for part in self))
+
+    def zip(self, function: Callable[[Array, Array], Array], new: Sequence[Array]) -> Cache:
+        """The function applied to every layer's array and its part of `new`, the model's k and v [L, B, T, K, H]."""
+        pairs = [zip(part, jnp.swapaxes(x, 2, 3), strict=True) for part, x in zip(self, new, strict=True)]
+        return Cache(*(tuple(function(old, x) for old, x in pair) for pair in pairs))
+
+    def past(self, visible: Array) -> Past:
+        """As the model wants it, with the axes of slots and heads in its order."""
+        return Past(*([jnp.swapaxes(x, 1, 2) for x in part] for part in self), visible)
 
 
 class Burst(typing.NamedTuple):
@@ -95,7 +108,7 @@ class Burst(typing.NamedTuple):
     count_B: Array  # int32: ids drawn in this burst
     done_B: Array  # bool
     token_B: Array  # int32: id to feed next
-    tail: History  # [L, B, burst, K, H], column i written at step i
+    tail: Cache  # [B, K, burst, H], column i written at step i
     ids_BI: Array  # int32 [B, burst]
     logp_BI: Array  # float32 [B, burst]: model's log-probs
     sampled_logp_BI: Array  # float32 [B, burst]: log-probs of the distribution drawn from
@@ -153,32 +166,30 @@ def _pick(x_BV: Array, ids_B: Array) -> Array:
 
 
 def _view(history: Array, row_B: Array, slots: int) -> Array:
-    """The first `slots` slots of some rows: [L, R/data, S, K, H] -> [L, B, slots, K, H]."""
-    if row_B.shape[0] == history.shape[1]:
+    """The first `slots` slots of some rows: [R/data, K, S, H] -> [B, K, slots, H]."""
+    if row_B.shape[0] == history.shape[0]:
         return history[:, :, :slots]  # the host sends the rows in order then
-    return history.at[:, row_B, :slots].get(mode="clip")
+    return history.at[row_B, :, :slots].get(mode="clip")
 
 
 def _write(history: Array, row_B: Array, start_B: Array, new: Array) -> Array:
-    """Writes new [L, B, T, K, H] to slots [start, start + T) of the rows; those of "no row" are dropped."""
+    """Writes new [B, K, T, H] to slots [start, start + T) of the rows; those of "no row" are dropped."""
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 2, 3, 4), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2)
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
     )
     where_B2 = jnp.stack([row_B, start_B], axis=1)
     return jax.lax.scatter(history, where_B2, new, numbers, unique_indices=True, mode="drop")
 
 
-def _prefill(model: Decoder, params: typing.Any, history: History, rows_B: Array, ids_BT: Array, slots: int) -> History:
+def _prefill(model: Decoder, params: typing.Any, history: Cache, rows_B: Array, ids_BT: Array, slots: int) -> Cache:
     """Feeds ids [B, T] after the first `length` slots of their rows; rows is int32 [B, columns]."""
     row_B, length_B = rows_B.T
     T = ids_BT.shape[1]
-    past = []
-    if slots:
-        visible_BS = jnp.arange(slots)[None] < length_B[:, None]
-        past = [Past(_view(history.k, row_B, slots), _view(history.v, row_B, slots), visible_BS)]
+    past = [history.map(lambda x: _view(x, row_B, slots)).past(jnp.arange(slots)[None] < length_B[:, None])]
     positions_BT = length_B[:, None] + jnp.arange(T)[None]
-    _, (k, v) = model.apply({"params": params}, ids_BT, positions_BT, jnp.full_like(ids_BT, T), past)
-    return History(_write(history.k, row_B, length_B, k), _write(history.v, row_B, length_B, v))
+    until_BT = jnp.full_like(ids_BT, T)
+    _, new = model.apply({"params": params}, ids_BT, positions_BT, until_BT, past if slots else ())
+    return history.zip(lambda x, new: _write(x, row_B, length_B, new), new)
 
 
 def _decode(
@@ -186,14 +197,15 @@ def _decode(
     config: SamplerConfig,
     stop_ids: tuple[int, ...],
     params: typing.Any,
-    history: History,
+    history: Cache,
     rows_B: Array,
     slots: int,
-) -> tuple[History, tuple[Array, Array, Array, Array]]:
+) -> tuple[Cache, tuple[Array, Array, Array, Array]]:
     """One burst of the rows int32 [B, columns]; returns what a `Burst` says of counts, ids and log-probs."""
     row_B, length_B, token_B, drawn_B, limit_B, *key = rows_B.T
     key_B2 = jax.lax.bitcast_convert_type(jnp.stack(key, axis=1), jnp.uint32)
-    past = Past(*(_view(x, row_B, slots) for x in history), jnp.arange(slots)[None] < length_B[:, None])
+    view = history.map(lambda x: _view(x, row_B, slots))
+    old_BS = jnp.arange(slots)[None] < length_B[:, None]
     idle_B = limit_B == 0
     enough = (jnp.sum(~idle_B) + ENOUGH - 1) // ENOUGH
 
@@ -204,10 +216,10 @@ def _decode(
         visible_BI = jnp.broadcast_to(jnp.arange(config.burst) < burst.step, burst.ids_BI.shape)
         tokens_B1 = burst.token_B[:, None]
         positions_B1 = length_B[:, None] + burst.step
-        logits, new = model.apply(
-            {"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), (past, Past(*burst.tail, visible_BI))
-        )
+        past = view.past(old_BS), burst.tail.past(visible_BI)
+        logits, new = model.apply({"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), past)
         ids_B, logp_B, sampled_logp_B = draw(logits[:, 0], key_B2, drawn_B + burst.step, config)
+        column = jnp.where(ids_B[0] < 0, 0, burst.step)
         count_B = burst.count_B + ~burst.done_B
         stop_B = (ids_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
         return Burst(
@@ -215,29 +227,34 @@ def _decode(
             count_B,
             burst.done_B | stop_B | (count_B >= limit_B),
             ids_B,
-            History(*(_put(tail, x, burst.step, 2) for tail, x in zip(burst.tail, new, strict=True))),
-            _put(burst.ids_BI, ids_B[:, None], burst.step, 1),
-            _put(burst.logp_BI, logp_B[:, None], burst.step, 1),
-            _put(burst.sampled_logp_BI, sampled_logp_B[:, None], burst.step, 1),
+            burst.tail.zip(lambda x, new: _put(x, new, column, 2), new),
+            _put(burst.ids_BI, ids_B[:, None], burst.step),
+            _put(burst.logp_BI, logp_B[:, None], burst.step),
+            _put(burst.sampled_logp_BI, sampled_logp_B[:, None], burst.step),
         )
 
-    layers, B, _, K, H = past.k.shape
+    B = row_B.shape[0]
     start = Burst(
         _zeros((), jnp.int32),
         _zeros((B,), jnp.int32),
         idle_B,
         token_B,
-        History(*(_zeros((layers, B, config.burst, K, H), x.dtype) for x in history)),
+        view.map(lambda x: _zeros((*x.shape[:2], config.burst, x.shape[3]), x.dtype)),
         _zeros((B, config.burst), jnp.int32),
         _zeros((B, config.burst), jnp.float32),
         _zeros((B, config.burst), jnp.float32),
     )
     end = jax.lax.while_loop(going, step, start)
-    history = History(*(_write(x, row_B, length_B, tail) for x, tail in zip(history, end.tail, strict=True)))
+    history = Cache(
+        *(
+            tuple(_write(x, row_B, length_B, tail) for x, tail in zip(part, tails, strict=True))
+            for part, tails in zip(history, end.tail, strict=True)
+        )
+    )
     return history, (end.count_B, end.ids_BI, end.logp_BI, end.sampled_logp_BI)
 
 
-def _put(x: Array, column: Array, step: Array, axis: int) -> Array:
+def _put(x: Array, column: Array, step: Array, axis: int = 1) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, column.astype(x.dtype), step, axis)
 
 
@@ -293,26 +310,26 @@ class Sampler:
         self.update(params)
         self.reset()
 
-    def _empty_history(self) -> History:
+    def _empty_history(self) -> Cache:
         c = self.model.config
         # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
         slots = self.slot_buckets[-1] + max(self.config.burst, PREFILL_LENGTHS[-1])
-        shape = (c.layers, self.rows, slots, c.kv_heads, c.head_width)
-        zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, HISTORY))
-        return History(zeros(), zeros())
+        shape = (self.rows, c.kv_heads, slots, c.head_width)
+        zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
+        return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
 
     def _compile(self, stop_ids: tuple[int, ...]) -> None:
         """Defines the two jitted functions; they compile once per bucket."""
 
-        def prefill(params: typing.Any, history: History, rows: Array, ids: Array, slots: int) -> History:
+        def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
             self.counters["compilations"] += 1
             device = functools.partial(_prefill, self.model, slots=slots)
-            return self._shard(device, (PartitionSpec(), HISTORY, ROWS, ROWS), HISTORY)(params, history, rows, ids)
+            return self._shard(device, (PartitionSpec(), ROWS, ROWS, ROWS), ROWS)(params, history, rows, ids)
 
-        def decode(params: typing.Any, history: History, rows: Array, slots: int) -> typing.Any:
+        def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
             self.counters["compilations"] += 1
             device = functools.partial(_decode, self.model, self.config, stop_ids, slots=slots)
-            return self._shard(device, (PartitionSpec(), HISTORY, ROWS), (HISTORY, ROWS))(params, history, rows)
+            return self._shard(device, (PartitionSpec(), ROWS, ROWS), (ROWS, ROWS))(params, history, rows)
 
         self._prefill = jax.jit(prefill, static_argnames="slots", donate_argnames="history")
         self._decode = jax.jit(decode, static_argnames="slots", donate_argnames="history")

@@ -101,7 +101,7 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         pending.append(metrics)
         progress.update(step)
         if step % config.train.log_every == 0 or step == total:
-            values = _log(workdir, step, pending, time.monotonic() - clock, stream)
+            values = _log(workdir, step, pending, clock, stream)
             text = f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
             progress.update(step, text)
             extra["seconds"] += time.monotonic() - clock
@@ -113,9 +113,10 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     progress.close()
 
 
-def _log(workdir: Workdir, step: int, pending: list[dict], seconds: float, stream: DemonstrationStream) -> dict:
-    """Writes the means since the last log line. Raises UsageError at the first non-finite loss."""
-    fetched = jax.device_get(pending)
+def _log(workdir: Workdir, step: int, pending: list[dict], since: float, stream: DemonstrationStream) -> dict:
+    """Writes the means of the steps since the last log line, at the time `since`. Raises UsageError at the first non-finite loss."""
+    fetched = jax.device_get(pending)  # waits for the device
+    seconds = time.monotonic() - since
     values = {name: sum(m[name] for m in fetched) / len(fetched) for name in ("loss", "accuracy", "entropy", "grad_norm")}
     if not values["loss"] < float("inf"):
         raise UsageError(f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate")

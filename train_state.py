@@ -192,6 +192,22 @@ def make_train_step(
     )
 
 
+def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch], Array]:
+    """Compiles (params, batch [M, R, T]) -> log-prob of every token [M, R, T]; empty micro-batches are skipped."""
+
+    def score(params: typing.Any, batches: TokenBatch) -> Array:
+        used = jnp.any(batches.sampled, axis=(1, 2)).sum()
+
+        def one(m: Array, logp: Array) -> Array:
+            batch = TokenBatch(*(field[m] for field in batches))
+            return logp.at[m].set(outputs(model, params, batch).logp)
+
+        return jax.lax.fori_loop(0, used, one, jnp.zeros(batches.tokens.shape, jnp.float32))
+
+    rows = NamedSharding(mesh, ROWS)
+    return jax.jit(score, in_shardings=(None, TokenBatch(*[rows] * len(TokenBatch._fields))), out_shardings=rows)
+
+
 def stack(batches: list[TokenBatch], least: int = 1) -> TokenBatch:
     """Micro-batches [R, T] as one batch [M, R, T]; M is the next power of two from `least`, the rest empty.
 

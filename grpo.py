@@ -1,0 +1,389 @@
+"""Stage two: reinforcement learning decides when, how and how widely to spawn (paper, section 3.4).
+
+    python grpo.py                                   # from runs/apr, else from the shipped checkpoint
+    python grpo.py --init=runs/sosp                  # from any other supervised run
+    python grpo.py --config=configs/grpo.py:smoke    # the same path in a minute
+
+One step:
+  1. draw P problems and run G rollouts of each through the parallel runtime;
+  2. grade them with the one grader and shape the reward (`reward`);
+  3. advantage of a rollout = its reward against its group (`advantages`); every
+     thread of the rollout, parent and children, gets the same;
+  4. pack the sampled ids of every thread, with their log-probs under the sampler,
+     the trainer and the reference, and per-token weights computed once over the
+     whole batch (`weigh`), so that micro-batches cannot mix or rescale groups;
+  5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`.
+
+The paper's objective (PPO clip, KL towards the starting policy, unit of loss one
+call) is the `paper` preset; what users of such code ask for are switches of
+`configs/grpo.py`, each tested by hand-worked numbers.
+
+Deviations from the paper: injected ids (prompts, joined messages) carry no
+gradient; a parent with joins is encoded once (`packing.py`), not once per call.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+import typing
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+from ml_collections import ConfigDict, config_flags
+
+import parallel_runtime
+import solver
+from evaluate import PRETRAINED, report, wilson
+from experiment import Experiment
+from packing import Segment, TokenBatch, pack_all, segments
+from parallel_runtime import Request, Rollout
+from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, stack, start_state, state_shardings
+from workdir import Progress, UsageError, Workdir, launch, load_best, read_config, usage_errors
+
+ADVANTAGES = ("std", "mean", "leave_one_out")
+ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATES = ("call", "token", "rollout")
+DEAD_GROUPS = ("keep", "drop", "refill")
+REFILL_ROUNDS = 4  # draws of fresh problems before a step goes on with the groups it has
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, on a switch with no such position or a group too small to compare."""
+    for name, choices in (
+        ("advantage", ADVANTAGES),
+        ("kl_estimator", ESTIMATORS),
+        ("aggregate", AGGREGATES),
+        ("dead_groups", DEAD_GROUPS),
+        ("old_logp", ("sampler", "trainer")),
+    ):
+        if config[name] not in choices:
+            raise ValueError(f"grpo.{name} must be one of {', '.join(choices)}, not {config[name]!r}")
+    if config.rollouts < 2:
+        raise ValueError(f"grpo.rollouts={config.rollouts}: a group needs at least 2 rollouts to compare")
+    if config.importance_cap and config.old_logp != "trainer":
+        raise ValueError("grpo.importance_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
+
+
+# ------------------------------------------------------------------- reward, advantage, weights (NumPy)
+
+
+def reward(rollout: Rollout, config: ConfigDict) -> float:
+    """1 if correct, plus a bonus for parallelism (only if correct), minus penalties for threads and tokens.
+
+    Bonus: acceleration * min(1 - sequential / total tokens, acceleration_cap) (ThreadWeaver). Penalties:
+    `thread_penalty` per child, `token_penalty` per token beyond `token_budget`.
+    """
+    costs = parallel_runtime.metrics(rollout)
+    correct = float(rollout.grade.correct)
+    saved = 1 - costs["sequential_tokens"] / max(costs["total_tokens"], 1)
+    beyond = max(0.0, costs["total_tokens"] - config.token_budget)
+    bonus = config.acceleration * min(saved, config.acceleration_cap)
+    return correct * (1 + bonus) - config.thread_penalty * costs["children"] - config.token_penalty * beyond
+
+
+def advantages(rewards_PG: np.ndarray, kind: str) -> np.ndarray:
+    """Advantage [P, G] of every rollout within its group.
+
+    "std": (r - mean) / std (GRPO); "mean": r - mean (Dr.GRPO); "leave_one_out": r - mean of the others (RLOO).
+    A group of equal rewards gets zeros.
+    """
+    centred = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    centred = np.where(np.ptp(rewards_PG, axis=1, keepdims=True) == 0, 0.0, centred)
+    if kind == "std":
+        return centred / (rewards_PG.std(axis=1, keepdims=True) + 1e-6)
+    if kind == "leave_one_out":
+        return centred * rewards_PG.shape[1] / (rewards_PG.shape[1] - 1)
+    return centred
+
+
+def weigh(rollouts: Sequence[Rollout], aggregate: str, constant: float) -> list[dict[tuple[int, int], tuple]]:
+    """Per rollout: (id of thread, call) -> (weight, KL weight) of each sampled token of that call.
+
+    "call" (paper): mean over the tokens of a call, divided by the calls of its rollout, mean over all calls
+    of the batch; the KL term is not divided by the calls of the rollout. "token": mean over all tokens.
+    "rollout": sum over a rollout's tokens / `constant`, mean over rollouts. Calls without ids weigh nothing.
+    """
+    sizes = [
+        {(id(t), n): len(c.sampled) for t in r.threads() for n, c in enumerate(t.calls) if c.sampled} for r in rollouts
+    ]
+    calls, tokens = sum(map(len, sizes)), sum(sum(size.values()) for size in sizes)
+    result = []
+    for size in sizes:
+        if aggregate == "call":
+            result.append({key: (1 / (n * len(size) * calls), 1 / (n * calls)) for key, n in size.items()})
+        else:
+            weight = 1 / tokens if aggregate == "token" else 1 / (constant * len(rollouts))
+            result.append({key: (weight, weight) for key in size})
+    return result
+
+
+# ------------------------------------------------------------------- loss (JAX)
+
+
+def grpo_loss(config: ConfigDict) -> LossFn:
+    """The clipped objective with a penalty towards the reference (PAPER: rho, A, k3), per token [R, T]."""
+
+    def loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+        ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
+        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        difference = jnp.where(batch.sampled, batch.ref_logp - out.logp, 0.0)
+        kl = {
+            "k1": -difference,
+            "k2": difference**2 / 2,
+            "k3": jnp.exp(difference) - difference - 1,
+        }[config.kl_estimator]
+        active = (clipped * batch.advantage < ratio * batch.advantage) & batch.sampled
+        metrics = {"clipped": active.astype(jnp.float32), "kl": kl * batch.sampled}
+        return batch.weight * policy + config.kl_weight * batch.kl_weight * kl, metrics
+
+    return loss
+
+
+# ------------------------------------------------------------------- one step
+
+
+class Collected(typing.NamedTuple):
+    """The rollouts of a step: P groups of G, their rewards and advantages [P, G]."""
+
+    groups: list[list[Rollout]]
+    rewards: np.ndarray
+    advantages: np.ndarray
+
+
+def collect(experiment: Experiment, params: typing.Any, step: int, cursor: int) -> tuple[Collected, int]:
+    """Runs and grades the rollouts of a step; returns them and the next problem's number.
+
+    "drop" leaves groups of equal rewards out, "refill" replaces them by fresh problems, for a few rounds.
+    """
+    config = experiment.config.grpo
+    runtime = experiment.runtime(params, config.temperature)
+    groups: list[list[Rollout]] = []
+    for _ in range(REFILL_ROUNDS if config.dead_groups == "refill" else 1):
+        count = config.problems - len(groups)
+        drawn = [experiment.problem("train", experiment.config.seed, cursor + i) for i in range(count)]
+        cursor += count
+        requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
+        rollouts = runtime.run(requests, seed=(experiment.config.seed, step))
+        fresh = [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
+        if config.dead_groups != "keep":
+            fresh = [group for group in fresh if len({reward(rollout, config) for rollout in group}) > 1]
+        groups += fresh
+        if len(groups) == config.problems:
+            break
+    rewards = np.asarray([[reward(rollout, config) for rollout in group] for group in groups], np.float64)
+    rewards = rewards.reshape(len(groups), config.rollouts)
+    return Collected(groups, rewards, advantages(rewards, config.advantage)), cursor
+
+
+def make_batches(
+    collected: Collected, config: ConfigDict
+) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
+    """Packs all threads of the step and fills in weights and advantages; old_logp is the sampler's so far."""
+    rollouts = [rollout for group in collected.groups for rollout in group]
+    owner = {id(thread): number for number, rollout in enumerate(rollouts) for thread in rollout.threads()}
+    weights = weigh(rollouts, config.grpo.aggregate, config.grpo.rollout_constant)
+    pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.train.length)]
+    batches, where = pack_all(pieces, config.train.rows, config.train.length)
+    for number, row, columns, piece in where:
+        rollout = owner[id(piece.thread)]
+        pairs = [weights[rollout].get((id(piece.thread), call), (0.0, 0.0)) for call in piece.calls]
+        batch = batches[number]
+        batch.weight[row, columns], batch.kl_weight[row, columns] = np.asarray(pairs, np.float32).T
+        batch.advantage[row, columns] = collected.advantages.reshape(-1)[rollout] * batch.sampled[row, columns]
+    return batches, where
+
+
+def mismatch(batch: TokenBatch, trainer: np.ndarray, where: list[tuple[int, int, slice, Segment]]) -> dict[str, float]:
+    """Largest |sampler - trainer| log-prob over the sampled ids of parents, children, and calls after a join.
+
+    `batch` [M, R, T] holds the sampler's log-probs, `trainer` [M, R, T] the trainer's.
+    """
+    largest = dict.fromkeys(("parent", "child", "joined"), 0.0)
+    gap = np.abs(batch.old_logp - trainer) * batch.sampled
+    for number, row, columns, piece in where:
+        values = gap[number, row, columns]
+        calls = np.asarray(piece.calls)
+        kind = "child" if piece.thread.path else "parent"
+        largest[kind] = max(largest[kind], values[calls <= 0].max())
+        if (calls > 0).any():
+            largest["joined"] = max(largest["joined"], values[calls > 0].max())
+    return {f"mismatch_{kind}": float(value) for kind, value in largest.items()}
+
+
+def describe(collected: Collected) -> dict[str, float]:
+    """What the policy does: accuracy, costs, rates and reward spread of a step's rollouts."""
+    rollouts = [rollout for group in collected.groups for rollout in group]
+    costs = [parallel_runtime.metrics(rollout) for rollout in rollouts]
+    threads = [thread for rollout in rollouts for thread in rollout.threads()]
+    means = {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
+    return {
+        **means,
+        "sampled_accuracy": float(np.mean([rollout.grade.correct for rollout in rollouts])),
+        "tokens_per_thread": sum(cost["total_tokens"] for cost in costs) / len(threads),
+        "spawn_rate": float(np.mean([bool(rollout.root.spawns) for rollout in rollouts])),
+        "reward": float(collected.rewards.mean()),
+        "reward_spread": float(collected.rewards.std(axis=1).mean()),
+        "live_groups": float((np.ptp(collected.rewards, axis=1) > 0).mean()),
+    }
+
+
+class Trainer:
+    """The compiled functions of a run and the reference policy."""
+
+    def __init__(self, experiment: Experiment, reference: typing.Any) -> None:
+        config = experiment.config
+        self.experiment, self.reference = experiment, reference
+        self.optimizer = experiment.optimizer()
+        self.train_step = make_train_step(experiment.model, self.optimizer, grpo_loss(config.grpo), experiment.mesh)
+        self.score = make_score(experiment.model, experiment.mesh)
+
+    def step(self, state: TrainState, number: int, cursor: int) -> tuple[TrainState, dict[str, float], int]:
+        """Rollouts, then the inner updates; returns the state, the step's metrics and the next problem's number."""
+        config = self.experiment.config
+        began = time.perf_counter()
+        collected, cursor = collect(self.experiment, state.params, number, cursor)
+        rolled = time.perf_counter()
+        if not collected.groups:
+            return state, {"rollout_seconds": rolled - began}, cursor
+        batches, where = make_batches(collected, config)
+        batch = stack(batches)
+        packed = time.perf_counter()
+        trainer = np.asarray(self.score(state.params, batch))
+        values = {**describe(collected), **mismatch(batch, trainer, where)}
+        if config.grpo.importance_cap:
+            ratio = np.exp(np.where(batch.sampled, trainer - batch.old_logp, 0))
+            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
+        if config.grpo.old_logp == "trainer":
+            batch = batch._replace(old_logp=trainer)
+        if config.grpo.kl_weight:
+            batch = batch._replace(ref_logp=np.asarray(self.score(self.reference, batch)))
+        else:
+            batch = batch._replace(ref_logp=trainer)
+        scored = time.perf_counter()
+        for _ in range(config.grpo.updates):
+            state, metrics = self.train_step(state, batch)
+        metrics = jax.device_get(metrics)
+        tokens = max(metrics["tokens"], 1)
+        values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
+        values |= {"kl": float(metrics["kl"] / tokens), "clip_share": float(metrics["clipped"] / tokens)}
+        values |= {
+            "rollout_seconds": rolled - began,
+            "pack_seconds": packed - rolled,
+            "score_seconds": scored - packed,
+            "update_seconds": time.perf_counter() - scored,
+        }
+        return state, values, cursor
+
+
+def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> None:
+    """Runs or resumes the loop; leaves checkpoints and the best parameters in `workdir`."""
+    config = experiment.config
+    trainer = Trainer(experiment, reference)
+    shardings = state_shardings(experiment.mesh, trainer.optimizer, reference)
+    create = jax.jit(lambda params: start_state(trainer.optimizer, params), out_shardings=shardings)
+    state = create(reference)
+    extra: dict[str, typing.Any] = {"step": 0, "cursor": 0, "best": -1.0}
+    if (restored := workdir.restore(state)) is not None:
+        state, extra = restored
+    else:
+        _validate(experiment, workdir, state, extra)
+    progress = Progress(config.grpo.steps, extra["step"], "step")
+    while extra["step"] < config.grpo.steps:
+        extra["step"] += 1
+        state, values, extra["cursor"] = trainer.step(state, extra["step"], extra["cursor"])
+        if not np.isfinite(values.get("loss", 0.0)):
+            raise UsageError(f"the loss is {values['loss']} at step {extra['step']}: lower optimizer.learning_rate")
+        workdir.log(extra["step"], values)
+        progress.update(extra["step"], _line(values))
+        if extra["step"] % config.grpo.eval_every == 0 or extra["step"] == config.grpo.steps:
+            _validate(experiment, workdir, state, extra)
+            workdir.save(extra["step"], state, extra)
+    progress.close()
+
+
+def _line(values: dict[str, float]) -> str:
+    if "loss" not in values:
+        return "no group with a signal"
+    worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
+    return (
+        f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  threads {values['children']:.1f}  "
+        f"tokens {values['total_tokens']:.0f}  KL {values['kl']:.4f}  clipped {values['clip_share']:.3f}  "
+        f"mismatch {worst:.0e}"
+    )
+
+
+def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra: dict) -> None:
+    """Solves the validation problems greedily; keeps the parameters if they are the best so far."""
+    rollouts = experiment.solve(state.params, experiment.validation_set())
+    correct = sum(rollout.grade.correct for rollout in rollouts)
+    low, high = wilson(correct, len(rollouts))
+    accuracy = correct / len(rollouts)
+    children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
+    workdir.log(
+        extra["step"],
+        {"heldout_accuracy": accuracy, "heldout_low": low, "heldout_high": high, "heldout_children": children},
+    )
+    print(f"step {extra['step']}: held-out accuracy {accuracy:.3f} ({low:.3f}-{high:.3f}), {children:.1f} children", flush=True)
+    if accuracy > extra["best"]:
+        extra["best"] = accuracy
+        workdir.save_best(extra["step"], state.params, {"validation_accuracy": accuracy})
+
+
+# ------------------------------------------------------------------- command line
+
+
+def start_from(name: str | None) -> pathlib.Path:
+    """The run to start from: `name`, else runs/apr, else the shipped checkpoint. Raises UsageError if none is there."""
+    if name is not None:
+        return pathlib.Path(name)
+    for path in (pathlib.Path("runs/apr"), PRETRAINED):
+        if (path / "best").is_dir():
+            return path
+    raise UsageError("there is no supervised run to start from: run `python sft.py --config=configs/apr.py` first")
+
+
+def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
+    """The supervised run's config with the fields of an RL recipe laid over it."""
+    combined = ConfigDict(read_config(start))
+    combined.name = f"{config.name}-{combined.name}"
+    with combined.unlocked():
+        for field in ("seed", "grpo", "optimizer", "evaluation"):
+            combined[field] = config[field]
+        combined.train.eval_problems = config.eval_problems
+        combined.limits = config.limits
+        combined.sampler.rows = config.rows
+        combined.init = str(start)
+    return combined
+
+
+def main(_: list[str]) -> None:
+    """Trains from the start the flags name, then evaluates the best parameters and prints the report."""
+    start = start_from(flags.FLAGS.init)
+    with usage_errors():
+        config = combine(start, flags.FLAGS.config)
+        check(config.grpo)
+        experiment = Experiment(config)
+        experiment.validation_set()
+    params, result = load_best(start, experiment.param_shapes())
+    workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
+    print(f"{config.name}: from {start} (step {result['step']}), {config.grpo.steps} steps, in {workdir.path}", flush=True)
+    train(experiment, workdir, params)
+    best, result = load_best(workdir.path, experiment.param_shapes())
+    report(experiment, best, experiment.test_set(), workdir.path, result["step"])
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", "configs/grpo.py", "Recipe, with an optional :preset.")
+    flags.DEFINE_string("init", None, "Supervised run to start from (default: runs/apr, else the shipped checkpoint).")
+    flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
+
+
+if __name__ == "__main__":
+    launch(define_flags, main)

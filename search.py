@@ -1,0 +1,311 @@
+"""Symbolic search on Countdown, written down as text: SoS, SoS+ and APR (paper section 4).
+
+  1. `expand` makes every child of a state (each pair of numbers, each legal
+     operation) and ranks the children by a heuristic.
+  2. A search takes the best nodes off a heap. For each it lists the best `beam`
+     children in random order (that numbers them) and pushes them, best first.
+     A goal met while listing ends the search.
+  3. SoS is this search (`BreadthFirst`), or depth-first with pruning
+     (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
+     where a coin says so; APR (`Parallel`) spawns them there as child threads,
+     and goes on with the path of the first that succeeded.
+
+Given the same random choices, every search writes what the released codes write,
+to the byte (a test replays their 90 reference traces), but for one deviation: a
+search that goes on after a failed join announces the node it moves to; the
+released generator lost most of these lines. The coin is only tossed for nodes
+that have children to hand out.
+
+`solver.py` runs these searches on problems: python solver.py --help
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import operator
+import random
+
+from tokenizer import CALL, GOAL, SPAWN
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def combine(a: int, b: int) -> tuple[tuple[int, str], ...]:
+    """Results of the legal operations on two numbers, and their text: sum, product, difference, exact quotient."""
+    large, small = (b, a) if a <= b else (a, b)
+    results = [
+        (a + b, f"{a}+{b}={a + b}"),
+        (a * b, f"{a}*{b}={a * b}"),
+        (large - small, f"{large}-{small}={large - small}"),
+    ]
+    if small and large % small == 0:
+        results.append((large // small, f"{large}/{small}={large // small}"))
+    return tuple(results)
+
+
+@dataclasses.dataclass
+class Trace:
+    """A thread of a demonstration: what call i writes, and the children of its i-th spawn."""
+
+    prompt: str
+    calls: list[str]
+    spawns: list[list[Trace]]
+
+    def width(self) -> int:
+        """Number of child threads below this one."""
+        return sum(1 + child.width() for children in self.spawns for child in children)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Node:
+    """A state of the search. `born` are the lines that generated it; `cost` is its heuristic, low is good."""
+
+    id: str
+    numbers: list[int]
+    operations: str  # as in the state line, without the brackets
+    cost: float
+    born: str
+    parent: Node | None
+
+    def __lt__(self, other: Node) -> bool:
+        return self.cost < other.cost
+
+
+class _Distances(dict[int, int]):
+    """Distance of the values up to the target to what a heuristic likes, filled on demand.
+
+    Above the target the distance is value - target for both heuristics.
+    """
+
+    def __init__(self, heuristic: str, target: int):
+        small = [f for f in range(1, int(target**0.5) + 1) if target % f == 0] if heuristic == "multiply" else []
+        self.liked = {f for s in small for f in (s, target // s) if f > 1} | {target}
+
+    def __missing__(self, value: int) -> int:
+        self[value] = min(abs(value - liked) for liked in self.liked)
+        return self[value]
+
+
+_distances = functools.lru_cache(maxsize=1024)(_Distances)
+_PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
+
+
+def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[tuple[float, str, list[int]]]:
+    """Every child of a state as (cost, operation, numbers left), best first, ties in order of generation.
+
+    "multiply" sums the distances of the numbers left to the nearest factor >= 2
+    of the target; "sum" is the mean distance to the target.
+    """
+    near = _distances(heuristic, target)
+    costs = [near[value] if value <= target else value - target for value in numbers]
+    total = sum(costs)
+    size = len(numbers) - 1 if heuristic == "sum" else 1
+    children = []
+    for i, j in _PAIRS[len(numbers)]:
+        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
+        others = total - costs[i] - costs[j]
+        for result, operation in combine(numbers[i], numbers[j]):
+            cost = others + (near[result] if result <= target else result - target)
+            children.append((cost / size, operation, [*rest, result]))
+    children.sort(key=operator.itemgetter(0))
+    return children
+
+
+def state_line(node: Node, target: int) -> str:
+    return f"Current State: {target}:{node.numbers}, Operations: [{node.operations}]\n"
+
+
+def announce(node: Node, target: int) -> str:
+    return f"Moving to Node #{node.id}\n{state_line(node, target)}"
+
+
+def _child(node: Node, id: str, cost: float, operation: str, numbers: list[int], born: str) -> Node:
+    before = f"{node.operations}, " if node.operations else ""
+    return Node(id, numbers, f"{before}'{operation}'", cost, born, node)
+
+
+def spawn_block(nodes: list[str], level: int) -> str:
+    """Text that starts a child thread per node."""
+    starts = [f"<Start Sub Search {i} at level {level}> Moving to Node #{node}\n" for i, node in enumerate(nodes)]
+    return "".join([CALL, *starts, SPAWN])
+
+
+class Search:
+    """Best-first search over a frontier, written down as one thread.
+
+    Each round takes the `beam` best nodes of the frontier, lists the children
+    of each, and adds them to the frontier. This is a child thread of APR; the
+    subclasses are the other searches.
+    """
+
+    restates = True  # the path is restated after the goal
+    pushes_leaves = False  # single numbers join the frontier too
+
+    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
+        self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
+        self.lines: list[str] = []  # of the current call
+        self.trace = Trace(announce(root, target), [], [])
+
+    def run(self) -> Node | None:
+        """Searches from the root, finishes `trace`, and returns the leaf that reached the goal."""
+        goal = self.search(self.root, 0)
+        if goal is None:
+            self.lines.append("No solution found.\n" if self.restates else "No solution found.")
+        self.trace.calls.append("".join(self.lines))
+        return goal
+
+    def search(self, root: Node, level: int) -> Node | None:
+        """Searches below `root`; `level` counts the searches around this one."""
+        frontier = [root]
+        while frontier:
+            batch = [heapq.heappop(frontier) for _ in range(min(self.beam, len(frontier)))]
+            for node in batch:
+                if node is not root:
+                    self.lines.append(announce(node, self.target))
+                children, goal = self.list_children(node)
+                if goal is None and self.is_promising(children):
+                    goal = self.hand_out(children, level + 1)
+                else:
+                    for child in children:
+                        heapq.heappush(frontier, child)
+                if goal is not None:
+                    return goal
+        return None
+
+    def list_children(self, node: Node) -> tuple[list[Node], Node | None]:
+        """Lists the best children in random order; returns them best first, and the leaf that reached the goal."""
+        if len(node.numbers) == 1:
+            return [], None
+        options = expand(node.numbers, self.target, self.heuristic)[: self.beam]
+        self.rng.shuffle(options)
+        children: list[Node] = []
+        for cost, operation, numbers in options:
+            born = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
+            if len(numbers) > 1:
+                id = f"{node.id},{len(children)}"
+                born += f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n"
+                self.lines.append(born)
+                children.append(_child(node, id, cost, operation, numbers, born))
+                continue
+            self.lines.append(born)
+            if numbers[0] == self.target:
+                goal = _child(node, "", cost, operation, numbers, born)
+                self.reach(goal)
+                return [], goal
+            self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
+            if self.pushes_leaves:  # all with the same id, as in the released code
+                children.append(_child(node, f"{node.id},0", cost, operation, numbers, born))
+        children.sort(key=operator.attrgetter("cost"))
+        return children, None
+
+    def reach(self, goal: Node) -> None:
+        """Writes that the goal is reached, and restates the path to it from the root of the thread."""
+        verdict = f"{self.target},{self.target}{GOAL}"
+        self.lines.append(verdict)
+        if self.restates:
+            path, node = [verdict], goal
+            while node is not self.root and node.parent is not None:
+                path += [node.born, announce(node.parent, self.target)]
+                node = node.parent
+            self.lines += reversed(path)
+
+    def is_promising(self, children: list[Node]) -> bool:
+        """Whether the children are handed out to searches of their own instead of joining the frontier."""
+        return False
+
+    def hand_out(self, children: list[Node], level: int) -> Node | None:
+        """Searches the children apart, at `level`; returns the leaf that reached the goal."""
+        raise NotImplementedError
+
+
+class BreadthFirst(Search):
+    """SoS breadth-first: stops at the goal, and announces leaves that lost before."""
+
+    restates = False
+    pushes_leaves = True
+
+
+class DepthFirst(Search):
+    """SoS depth-first: children that cost more than the target are pruned, the rest searched one after another."""
+
+    def run(self) -> Node | None:
+        """Searches from the root; says nothing more when everything is pruned."""
+        goal = self.search(self.root, 0)
+        self.trace.calls.append("".join(self.lines))
+        return goal
+
+    restates = False
+
+    def search(self, root: Node, level: int) -> Node | None:
+        """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
+        kept = [option for option in expand(root.numbers, self.target, self.heuristic) if option[0] <= self.target]
+        for i, (cost, operation, numbers) in enumerate(kept):
+            if i:
+                self.lines.append(announce(root, self.target))
+            id = f"{root.id},{i}"
+            child = _child(root, id, cost, operation, numbers, "")
+            self.lines.append(f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n")
+            if len(numbers) > 1:
+                self.lines.append(f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n")
+                self.lines.append(announce(child, self.target))
+                if goal := self.search(child, level):
+                    return goal
+            elif numbers[0] == self.target:
+                self.reach(child)
+                return child
+            else:
+                self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
+        return None
+
+
+class Hybrid(Search):
+    """SoS+: the children of a promising node are searched in place, one after another."""
+
+    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float):
+        super().__init__(root, target, beam, rng)
+        self.probability = probability
+
+    def is_promising(self, children: list[Node]) -> bool:
+        """Tosses the coin."""
+        return bool(children) and self.rng.random() < self.probability
+
+    def hand_out(self, children: list[Node], level: int) -> Node | None:
+        """Searches each child in a sub-search of this thread."""
+        for child in children:
+            self.lines.append(f"Start Sub Search at level {level}: {announce(child, self.target)}")
+            goal = self.search(child, level)
+            if goal is not None:
+                self.lines.append(f"Exit Sub Search at level {level}\n")
+                return goal
+            self.lines.append(
+                f"No solution found.\nExit Sub Search at level {level}\nNo solution found in sub search\n"
+            )
+        return None
+
+
+class Parallel(Hybrid):
+    """APR: the children of a promising node become threads; they do not spawn in turn."""
+
+    def __init__(
+        self, root: Node, target: int, beam: int, rng: random.Random, probability: float, sub_beam: int
+    ):
+        super().__init__(root, target, beam, rng, probability)
+        self.sub_beam = sub_beam
+
+    def is_promising(self, children: list[Node]) -> bool:
+        """Tosses the coin, but not for an only child."""
+        return len(children) > 1 and super().is_promising(children)
+
+    def hand_out(self, children: list[Node], level: int) -> Node | None:
+        """Spawns a thread per child and goes on with the first success."""
+        self.trace.calls.append("".join(self.lines) + spawn_block([child.id for child in children], level))
+        self.lines = []
+        searches = [Search(child, self.target, self.sub_beam, self.rng) for child in children]
+        goals = [search.run() for search in searches]
+        self.trace.spawns.append([search.trace for search in searches])
+        goal = next((goal for goal in goals if goal is not None), None)
+        if goal is not None:
+            self.reach(goal)
+        return goal

@@ -1,0 +1,603 @@
+"""The runtime, driven by scripts: no weights, no JAX.
+
+`ScriptedEngine` is an engine whose "model" is a function from a thread's text to
+what it writes next. It checks the contract of rows on every call: who owns a
+row, what it holds, what is kept, that stopped rows stay stopped. `Toy` is a task
+in a language of characters:
+
+    x<a|b|C>    spawn: children with the prompts "a:", "b:" and, long as any capital, "CCCCCCCCCCCCCCCCCCC:"
+    [1,!]       join: what the children wrote, "!" for one that did not end
+    .           end
+
+and `Products` is a second task, the product of two numbers by partial products.
+The random scripts are in `runtime_fuzz_test.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+
+import parallel_runtime as pr
+from parallel_runtime import Fill, Grade, Limits, MalformedSpawn, Request, Rollout, Runtime, Spawn, Stopped, Thread
+
+Script = Callable[[str, Fill], str]
+LIMITS = Limits(children=4, spawns=4, depth=1, thread_tokens=100, rollout_tokens=1000)
+SEED = (7, 3)
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def text(of: Sequence[int]) -> str:
+    return "".join(map(chr, of))
+
+
+class Toy:
+    """A task in which the model may ask for children of any name."""
+
+    end_id, spawn_id = ord("."), ord(">")
+
+    def prompt(self, problem: str) -> list[int]:
+        return ids(problem)
+
+    def spawn(self, ids_: Sequence[int]) -> Spawn:
+        before, mark, block = text(ids_)[:-1].rpartition("<")
+        if not mark:
+            raise MalformedSpawn("no block")
+        if not block:
+            raise MalformedSpawn("no children")
+        for name in block.split("|"):
+            if not re.fullmatch("[a-z]+|[A-Z]", name):
+                raise MalformedSpawn(f"unknown node {name!r}")
+        return Spawn(len(before), [ids(f"{name * 19 if name.isupper() else name}:") for name in block.split("|")])
+
+    def join(self, children: Sequence[Thread]) -> list[int]:
+        return ids("[" + ",".join(answer(child) for child in children) + "]")
+
+    def grade(self, problem: str, root: Thread) -> Grade:
+        return Grade(root.stop == pr.END, "" if root.stop == pr.END else root.stop, (text(root.calls[-1].sampled),))
+
+
+def answer(thread: Thread) -> str:
+    return text(thread.calls[-1].sampled[:-1]) if thread.stop == pr.END else "!"
+
+
+@dataclasses.dataclass
+class Row:
+    owner: tuple[int, int] | None = None  # key of the thread whose ids these are
+    ids: list[int] = dataclasses.field(default_factory=list)
+    ahead: list[int] = dataclasses.field(default_factory=list)  # still to be sampled; [] if stopped
+    sampled: list[int] = dataclasses.field(default_factory=list)
+
+
+class ScriptedEngine:
+    """Decodes all active rows in step until `patience` of them have stopped, and holds the runtime to the contract."""
+
+    def __init__(self, script: Script, rows: int, devices: int = 1, context: int = 200, patience: int = 1) -> None:
+        self.script, self.rows, self.devices, self.context, self.patience = script, rows, devices, context, patience
+        self.reset()
+
+    def reset(self) -> None:
+        self.table = [Row() for _ in range(self.rows)]
+        self.calls: dict[tuple[tuple[int, int], int], tuple[str, str]] = {}  # (key, drawn) -> context, sampled
+        self.fills: list[Fill] = []
+        self.steps = 0
+        self.shuffle = random.Random(0)
+
+    def prefill(self, fills: list[Fill]) -> None:
+        assert len({fill.row for fill in fills}) == len(fills)
+        for fill in fills:
+            row = self.table[fill.row]
+            assert not row.ahead, "the row is decoding"
+            assert 0 <= fill.keep <= len(row.ids), "keeps more than the row holds"
+            assert fill.keep == 0 or row.owner == fill.key, "keeps ids of another thread"
+            assert fill.ids and fill.limit >= 1 and fill.keep + len(fill.ids) + fill.limit <= self.context
+            row.owner, row.ids = fill.key, row.ids[: fill.keep] + fill.ids
+            stop = re.match("[^.>]*[.>]", told := self.script(text(row.ids), fill))
+            written = (stop.group() if stop else told)[: fill.limit]
+            assert written and (written[-1] in ".>" or len(written) == fill.limit), f"no script for {text(row.ids)!r}"
+            assert (fill.key, fill.drawn) not in self.calls, "the same draws twice"
+            self.calls[fill.key, fill.drawn] = text(row.ids), written
+            row.ahead, row.sampled = ids(written), []
+        self.fills += fills
+
+    def decode(self) -> list[Stopped]:
+        active = {number: row for number, row in enumerate(self.table) if row.ahead}
+        assert active, "nothing to decode"
+        stopped: list[int] = []
+        while len(stopped) < min(self.patience, len(active)):
+            going = [row for row in active.values() if row.ahead]
+            count = min(len(row.ahead) for row in going)
+            self.steps += count
+            for row in going:
+                row.sampled, row.ahead = row.sampled + row.ahead[:count], row.ahead[count:]
+            stopped = [number for number, row in active.items() if not row.ahead]
+        self.shuffle.shuffle(stopped)
+        for row in (self.table[number] for number in stopped):
+            row.ids = row.ids + row.sampled
+        return [
+            Stopped(number, self.table[number].sampled, logprobs(self.table[number].sampled), [0.0]) for number in stopped
+        ]
+
+
+def logprobs(of: Sequence[int]) -> list[float]:
+    return [-float(id_) for id_ in of]
+
+
+def by_context(told: dict[str, str]) -> Script:
+    """The script that continues each of these contexts as told; any other is an error."""
+    return lambda context, _: told[context]
+
+
+def start(
+    told: dict[str, str] | Script,
+    *problems: str,
+    limits: Limits = LIMITS,
+    rows: int = 8,
+    watch: Callable[[Thread], None] | None = None,
+    **engine: int,
+) -> tuple[ScriptedEngine, Runtime, list[Request]]:
+    scripted = ScriptedEngine(by_context(told) if isinstance(told, dict) else told, rows, **engine)
+    return scripted, Runtime(scripted, Toy(), limits, watch), [Request(problem) for problem in problems or ("p:",)]
+
+
+def solo(told: dict[str, str] | Script, **options: object) -> Thread:
+    """Root of the one rollout of the problem "p:"."""
+    engine, runtime, requests = start(told, **options)  # type: ignore[arg-type]
+    rollouts = runtime.run(requests, SEED)
+    check(rollouts, requests, engine, runtime)
+    return rollouts[0].root
+
+
+def check(rollouts: list[Rollout], requests: list[Request], engine: ScriptedEngine, runtime: Runtime) -> None:
+    """Every request is answered in order; what the engine held and sampled is what the record says; no row is leaked."""
+    assert [(rollout.problem, rollout.index) for rollout in rollouts] == [(r.problem, r.index) for r in requests]
+    expected = {}
+    for request, rollout in zip(requests, rollouts, strict=True):
+        for thread in rollout.threads():
+            key, drawn, memory = pr.thread_key(SEED, request, thread.path), 0, ""
+            for call in thread.calls:
+                memory = memory[: call.keep] + text(call.injected)
+                if call.sampled:
+                    expected[key, drawn] = memory, text(call.sampled)
+                drawn += len(call.sampled)
+                memory += text(call.sampled)
+                assert call.logprobs == logprobs(call.sampled)
+            assert text(thread.ids()) == memory
+    assert expected == engine.calls
+    assert runtime._rows == [None] * engine.rows and not runtime._waiting and not runtime._ready
+
+
+def story(thread: Thread) -> list[tuple[str, str, str]]:
+    """(injected, sampled, stop) of every call."""
+    return [(text(call.injected), text(call.sampled), call.stop) for call in thread.calls]
+
+
+# ------------------------------------------------------------------- spawn and join
+
+
+def test_a_thread_that_spawns_nothing() -> None:
+    assert story(solo({"p:": "abc."})) == [("p:", "abc.", pr.END)]
+
+
+def test_a_parent_is_rewound_to_before_its_spawn_and_extended_by_the_join() -> None:
+    told = {"p:": "ab<c|d>", "c:": "1.", "d:": "22.", "p:ab[1,22]": "e."}
+    engine, runtime, requests = start(told)
+    root = runtime.run(requests, SEED)[0].root
+    assert story(root) == [("p:", "ab<c|d>", pr.SPAWN), ("[1,22]", "e.", pr.END)]
+    assert [call.keep for call in root.calls] == [0, len("p:ab")]
+    assert text(root.ids()) == "p:ab[1,22]e."
+    assert [[(child.path, story(child)) for child in spawn] for spawn in root.spawns] == [
+        [((0, 0), [("c:", "1.", pr.END)]), ((0, 1), [("d:", "22.", pr.END)])]
+    ]
+    first, *_, last = engine.fills  # the parent kept its row and its cache: only the join block is new to it
+    assert (last.row, last.keep, text(last.ids), last.drawn) == (first.row, len("p:ab"), "[1,22]", len("ab<c|d>"))
+    assert runtime.evictions == 0
+
+
+def test_several_joins_in_one_thread() -> None:
+    told = {"p:": "<a>", "a:": "1.", "p:[1]": "x<b|c>", "b:": "2.", "c:": "3.", "p:[1]x[2,3]": "<a>"}
+    told["p:[1]x[2,3][1]"] = "y."
+    root = solo(told)
+    assert text(root.ids()) == "p:[1]x[2,3][1]y."
+    assert [[child.path for child in spawn] for spawn in root.spawns] == [[(0, 0)], [(1, 0), (1, 1)], [(2, 0)]]
+    assert [call.keep for call in root.calls] == [0, len("p:"), len("p:[1]x"), len("p:[1]x[2,3]")]
+
+
+def test_identical_children_are_different_threads_and_keep_their_order() -> None:
+    results = iter(("1.", "2."))
+    script: Script = lambda context, _: next(results) if context == "a:" else {"p:": "<a|a>", "p:[1,2]": "x."}[context]
+    root = solo(script)
+    assert [story(child) for child in root.spawns[0]] == [[("a:", "1.", pr.END)], [("a:", "2.", pr.END)]]
+    assert text(root.ids()) == "p:[1,2]x."
+
+
+def test_joins_are_in_order_of_spawn_whichever_child_ends_first() -> None:
+    told = {"p:": "<a|b|c>", "a:": "11111.", "b:": "2.", "c:": "333.", "p:[11111,2,333]": "x."}
+    for rows in (1, 2, 3, 4):
+        assert text(solo(told, rows=rows).ids()) == "p:[11111,2,333]x."
+
+
+def test_a_child_that_is_cut_has_failed_and_the_others_count() -> None:
+    told = {"p:": "<a|b>", "a:": "x" * 200, "b:": "2.", "p:[!,2]": "y."}
+    root = solo(told, limits=dataclasses.replace(LIMITS, thread_tokens=9))
+    assert [child.stop for child in root.spawns[0]] == [pr.THREAD_TOKENS, pr.END]
+    assert root.stop == pr.END
+
+
+def test_a_child_sees_its_prompt_only() -> None:
+    told = {"p:": "secret<a>", "a:": "1.", "p:secret[1]": "."}
+    engine, runtime, requests = start(told, rows=1)  # the child takes over the very row of its parent
+    runtime.run(requests, SEED)
+    assert [context for context, _ in engine.calls.values()] == ["p:", "a:", "p:secret[1]"]
+
+
+@pytest.mark.parametrize(
+    "block, detail", [("<>", "no children"), ("<a|7>", "unknown node '7'"), ("a>", "no block"), ("<a||b>", "unknown node ''")]
+)
+def test_a_malformed_spawn_ends_the_thread_and_says_why(block: str, detail: str) -> None:
+    root = solo({"p:": block})
+    assert (root.stop, root.detail, root.spawns) == (pr.MALFORMED, detail, [])
+    child = solo({"p:": "<a>", "a:": block, "p:[!]": "."}, limits=dataclasses.replace(LIMITS, depth=2)).spawns[0][0]
+    assert (child.stop, child.detail) == (pr.MALFORMED, detail)
+
+
+# ------------------------------------------------------------------- bounds
+
+
+def nested(result_of_c: str) -> dict[str, str]:
+    told = {"p:": "ab<c|d>", "c:": "1<e|f>", "d:": "55555555.", "e:": "22.", "f:": "333.", "c:1[22,333]": "4."}
+    return {**told, f"p:ab[{result_of_c},55555555]": "e."}
+
+
+def test_a_spawn_inside_a_child_ends_it_at_depth_1() -> None:
+    root = solo(nested("!"))
+    assert [child.stop for child in root.spawns[0]] == [pr.DEPTH, pr.END]
+    assert text(root.spawns[0][0].calls[-1].sampled) == "1<e|f>"
+
+
+def test_depth_0_forbids_spawning() -> None:
+    assert solo({"p:": "<a>"}, limits=dataclasses.replace(LIMITS, depth=0)).stop == pr.DEPTH
+
+
+def test_metrics_of_a_nested_tree_worked_out_by_hand() -> None:
+    """root 7 + 2 ids; c 6 + 2 with e 3 and f 4 in between; d 9: after the root's 7 come max(6 + 4 + 2, 9), then 2."""
+    engine, runtime, requests = start(nested("4"), limits=dataclasses.replace(LIMITS, depth=2))
+    (rollout,) = runtime.run(requests, SEED)
+    check([rollout], requests, engine, runtime)
+    assert [thread.path for thread in rollout.threads()] == [(), (0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 1)]
+    measured = pr.metrics(rollout)
+    assert measured.pop("milliseconds") >= 0
+    assert measured == {
+        "total_tokens": 7 + 2 + 6 + 2 + 3 + 4 + 9,
+        "sequential_tokens": 7 + (6 + 4 + 2) + 2,
+        "longest_context": len("p:ab[4,55555555]e."),
+        "children": 4,
+        "width": 2,
+        "depth": 2,
+        "truncated": 0.0,
+        "malformed": 0.0,
+    }
+    assert engine.steps == 21  # with rows for all, the chain of dependent ids is what the engine waits for
+
+
+def test_metrics_say_what_was_cut_or_malformed_anywhere_in_the_tree() -> None:
+    told = {"p:": "<7>", "q:": "abcdef", "r:": "<a>", "a:": "xyzxyz", "r:[!]": "."}
+    engine, runtime, requests = start(told, "p:", "q:", "r:", limits=dataclasses.replace(LIMITS, thread_tokens=4))
+    malformed, cut, child_cut = map(pr.metrics, runtime.run(requests, SEED))
+    assert (malformed["malformed"], malformed["truncated"], malformed["width"], malformed["depth"]) == (1.0, 0.0, 0, 0)
+    assert (cut["malformed"], cut["truncated"], cut["longest_context"]) == (0.0, 1.0, len("q:abcd"))
+    assert (child_cut["truncated"], child_cut["children"], child_cut["sequential_tokens"]) == (1.0, 1, 3 + 4 + 1)
+
+
+def test_spawns_and_children_are_bounded() -> None:
+    told = {"p:": "<a|b>", "a:": "1.", "b:": "2.", "p:[1,2]": "<a>"}
+    root = solo(told, limits=dataclasses.replace(LIMITS, spawns=1))
+    assert root.stop == pr.SPAWNS and len(root.spawns) == 1 and text(root.ids()) == "p:[1,2]<a>"
+    root = solo(told, limits=dataclasses.replace(LIMITS, children=1))
+    assert root.stop == pr.CHILDREN and root.spawns == []
+    assert solo({**told, "p:[1,2]": "."}, limits=dataclasses.replace(LIMITS, children=2, spawns=1)).stop == pr.END
+
+
+def test_the_context_runs_out_in_a_parent() -> None:
+    assert story(solo({"p:": "x" * 50}, context=10)) == [("p:", "x" * 8, pr.CONTEXT)]
+
+
+def test_the_context_runs_out_in_a_child() -> None:
+    root = solo({"p:": "<a>", "a:": "x" * 50, "p:[!]": "."}, context=10)
+    assert [story(child) for child in root.spawns[0]] == [[("a:", "x" * 8, pr.CONTEXT)]]
+    assert root.stop == pr.END
+
+
+def test_a_child_whose_prompt_fills_the_context_never_starts() -> None:
+    told = {"p:": "<A|b>", "b:": "2.", "p:[!,2]": "."}
+    root = solo(told, context=20)  # "A" has a prompt of 20 ids
+    assert story(root.spawns[0][0]) == [("A" * 19 + ":", "", pr.CONTEXT)]
+    assert root.stop == pr.END
+    told["A" * 19 + ":"] = "xx"
+    assert story(solo(told, context=21).spawns[0][0])[0][1:] == ("x", pr.CONTEXT)
+    assert solo({"p:": "<A|B>", "p:[!,!]": "."}, context=20, rows=1).stop == pr.END  # no child ever takes a row
+
+
+def test_the_context_runs_out_at_the_join() -> None:
+    told = {"p:": "x<a>", "a:": "1234567.", "p:x[1234567]": "yz"}
+    assert story(solo(told, context=12))[1] == ("[1234567]", "", pr.CONTEXT)  # 3 + 9 ids
+    assert story(solo(told, context=13))[1] == ("[1234567]", "y", pr.CONTEXT)
+
+
+def test_thread_tokens_count_all_calls_of_a_thread_and_not_its_children() -> None:
+    told = {"p:": "<a>", "a:": "1234567", "p:[!]": "xxxxxxx"}
+    root = solo(told, limits=dataclasses.replace(LIMITS, thread_tokens=5))
+    assert story(root.spawns[0][0]) == [("a:", "12345", pr.THREAD_TOKENS)]
+    assert story(root)[1] == ("[!]", "xx", pr.THREAD_TOKENS)
+    exact = solo({"p:": "abcd."}, limits=dataclasses.replace(LIMITS, thread_tokens=5))
+    assert exact.stop == pr.END  # ending on the last id allowed is ending
+
+
+def test_a_thread_that_used_up_its_tokens_before_a_join_ends_there() -> None:
+    root = solo({"p:": "<a>", "a:": "1."}, limits=dataclasses.replace(LIMITS, thread_tokens=3))
+    assert story(root) == [("p:", "<a>", pr.SPAWN), ("[1]", "", pr.THREAD_TOKENS)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_children_share_what_is_left_of_the_rollouts_tokens_equally(rows: int) -> None:
+    """24 - 7 = 17 ids are left: 5 for each of three children. b leaves 3 of its 5, so the root has 17 - 12 = 5 more."""
+    told = {"p:": "<a|b|c>", "a:": "x" * 50, "b:": "1.", "c:": "y" * 50, "p:[!,1,!]": "z" * 50}
+    root = solo(told, limits=dataclasses.replace(LIMITS, rollout_tokens=24), rows=rows)
+    assert [story(child)[0][1:] for child in root.spawns[0]] == [
+        ("x" * 5, pr.ROLLOUT_TOKENS),
+        ("1.", pr.END),
+        ("y" * 5, pr.ROLLOUT_TOKENS),
+    ]
+    assert story(root)[1] == ("[!,1,!]", "z" * 5, pr.ROLLOUT_TOKENS)
+    assert pr.total_tokens(root) == 24
+
+
+def test_grandchildren_share_their_parents_part() -> None:
+    """30 - 5 leaves 12 for each child; a spends 3 and leaves 9, which its child may use up."""
+    told = {"p:": "<a|b>", "a:": "<c>", "b:": ".", "c:": "x" * 50, "p:[!,]": "."}
+    limits = dataclasses.replace(LIMITS, rollout_tokens=30, depth=2)
+    child = solo(told, limits=limits).spawns[0][0]
+    assert story(child.spawns[0][0]) == [("c:", "x" * 9, pr.ROLLOUT_TOKENS)]
+    assert story(child)[1] == ("[!]", "", pr.ROLLOUT_TOKENS)
+
+
+def test_children_for_whom_nothing_is_left_never_start() -> None:
+    root = solo({"p:": "<a|b>", "p:[!,!]": "xxx"}, limits=dataclasses.replace(LIMITS, rollout_tokens=6))
+    assert [story(child) for child in root.spawns[0]] == [
+        [("a:", "", pr.ROLLOUT_TOKENS)],
+        [("b:", "", pr.ROLLOUT_TOKENS)],
+    ]
+    assert story(root)[1] == ("[!,!]", "x", pr.ROLLOUT_TOKENS)
+
+
+@pytest.mark.parametrize("field, least", [("children", 0), ("spawns", 0), ("depth", 0), ("thread_tokens", 1), ("rollout_tokens", 1)])
+def test_limits_are_validated(field: str, least: int) -> None:
+    dataclasses.replace(LIMITS, **{field: least})
+    with pytest.raises(ValueError, match=f"limit {field}={least - 1} must be at least {least}"):
+        dataclasses.replace(LIMITS, **{field: least - 1})
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_with_the_remedy() -> None:
+    engine, runtime, requests = start({"p:": "x", "long:": "x"}, "p:", "long:", context=5)
+    with pytest.raises(ValueError, match="prompt of long: has 5 ids and the context 5.*longer context"):
+        runtime.run(requests, SEED)
+    assert story(solo({"p:": "x"}, context=3)) == [("p:", "x", pr.CONTEXT)]
+
+
+# ------------------------------------------------------------------- scheduling
+
+BUSY = {
+    "p:": "ab<a|a|b>",
+    "q:": "<b|a>",
+    "r:": "no.",
+    "a:": "<c|d>",
+    "b:": "12345.",
+    "c:": "1.",
+    "d:": "22<e>",
+    "a:[1,!]": "3<d>",
+    "a:[1,!]3[!]": "4.",
+    "p:ab[4,4,12345]": "x<b>",
+    "p:ab[4,4,12345]x[12345]": "y.",
+    "q:[12345,4]": "z.",
+}
+
+
+def busy(rows: int, devices: int = 1, patience: int = 1) -> tuple[ScriptedEngine, Runtime, list[Request], list[Rollout]]:
+    limits = dataclasses.replace(LIMITS, depth=2)
+    engine, runtime, requests = start(
+        BUSY, "p:", "q:", "r:", "q:", limits=limits, rows=rows, devices=devices, patience=patience
+    )
+    requests[3] = Request("q:", index=1)
+    rollouts = runtime.run(requests, SEED)
+    check(rollouts, requests, engine, runtime)
+    return engine, runtime, requests, rollouts
+
+
+def same(rollouts: list[Rollout]) -> list[Rollout]:
+    return [dataclasses.replace(rollout, milliseconds=0.0) for rollout in rollouts]
+
+
+def test_rollouts_do_not_depend_on_rows_devices_or_bursts() -> None:
+    *_, expected = busy(rows=32)
+    cases = [(rows, 1) for rows in range(1, 10)] + [(2, 2), (8, 2), (4, 4), (8, 4)]
+    for rows, devices in cases:
+        for patience in (1, 2, 5):
+            engine, *_, rollouts = busy(rows, devices, patience)
+            assert same(rollouts) == same(expected), (rows, devices, patience)
+            assert {fill.row for fill in engine.fills} <= set(range(rows))
+
+
+def test_the_draws_of_a_call_are_fixed_by_its_thread_and_how_much_that_has_drawn() -> None:
+    def draws(engine: ScriptedEngine) -> set[tuple[tuple[int, int], int]]:
+        return {(fill.key, fill.drawn) for fill in engine.fills}
+
+    engine, _, requests, rollouts = busy(rows=32)
+    assert draws(engine) == draws(busy(rows=1)[0]) == draws(busy(rows=8, devices=4, patience=3)[0])
+    root = rollouts[0].root
+    key = pr.thread_key(SEED, requests[0], ())
+    assert [fill.drawn for fill in engine.fills if fill.key == key] == [0, 9, 13]  # "ab<a|a|b>", "x<b>", "y."
+    keys = {pr.thread_key(SEED, r, thread.path) for r, o in zip(requests, rollouts, strict=True) for thread in o.threads()}
+    assert len(keys) == sum(len(rollout.threads()) for rollout in rollouts)
+    assert all(0 <= word < 2**32 for pair in keys for word in pair)
+    alone, runtime, _ = start(BUSY, limits=dataclasses.replace(LIMITS, depth=2))
+    assert runtime.run([requests[0]], SEED)[0].root == root  # with neighbours or without
+    assert draws(alone) < draws(engine)
+
+
+def test_thread_keys_differ_in_whatever_they_belong_to() -> None:
+    request = Request("p:")
+    keys = {
+        pr.thread_key(seed, of, path)
+        for seed in [(0, 0), (0, 1), (1, 0)]
+        for of in [request, Request("q:"), Request("p:", 1)]
+        for path in [(), (0, 0), (0, 1), (1, 0), (0, 0, 0, 0)]
+    }
+    assert len(keys) == 3 * 3 * 5
+    assert pr.thread_key([1, 2], request, [0, 1]) == pr.thread_key((1, 2), Request("p:"), (0, 1))
+
+
+def test_results_are_in_order_of_requests_and_stream_is_in_order_of_ends() -> None:
+    told = {"p:": "long one.", "q:": "<a>", "a:": "1.", "q:[1]": ".", "r:": "."}
+    engine, runtime, requests = start(told, "p:", "q:", "r:")
+    assert [rollout.problem for rollout in runtime.run(requests, SEED)] == ["p:", "q:", "r:"]
+    assert [number for number, _ in runtime.stream(requests, SEED)] == [2, 1, 0]
+    for number, rollout in runtime.stream(requests, SEED):  # yielded as they finish, not at the end
+        assert (number, rollout.problem) == (2, "r:") and len(engine.calls) == 3
+        break
+
+
+def test_a_stream_that_was_abandoned_leaves_nothing_behind() -> None:
+    engine, runtime, requests, expected = busy(rows=2)
+    for taken in range(1, 4):
+        stream = runtime.stream(requests, SEED)
+        for _ in range(taken):
+            next(stream)
+        rollouts = runtime.run(requests, SEED)
+        check(rollouts, requests, engine, runtime)
+        assert same(rollouts) == same(expected)
+
+
+def test_no_requests_are_no_rollouts() -> None:
+    engine, runtime, _ = start({})
+    assert runtime.run([], SEED) == []
+
+
+def test_one_row_does_one_problem_after_the_other() -> None:
+    engine, runtime, requests, rollouts = busy(rows=1)
+    owner = {
+        pr.thread_key(SEED, request, thread.path): number
+        for number, request in enumerate(requests)
+        for thread in rollouts[number].threads()
+    }
+    order = [owner[fill.key] for fill in engine.fills]
+    assert order == sorted(order)  # children and joins come before new problems
+    spawned = sum(len(thread.spawns) for rollout in rollouts for thread in rollout.threads())
+    assert runtime.evictions == spawned  # every parent that waits must give the only row to a child
+    assert engine.steps == sum(pr.total_tokens(rollout.root) for rollout in rollouts)
+
+
+def test_a_waiting_parent_keeps_its_row_as_long_as_there_are_rows() -> None:
+    engine, runtime, _, rollouts = busy(rows=32)
+    assert runtime.evictions == 0
+    joins = [fill for fill in engine.fills if fill.drawn]
+    assert joins and all(fill.keep > 0 for fill in joins)
+    assert engine.steps == max(pr.sequential_tokens(rollout.root) for rollout in rollouts)
+
+
+def test_the_parent_that_began_to_wait_last_gives_up_its_row() -> None:
+    told = {"p:": "<a>", "a:": "1" * 20 + ".", "q:": "xxx<b>", "b:": "2.", "q:xxx[2]": "."}
+    told["p:[" + "1" * 20 + "]"] = "."
+    engine, runtime, requests = start(told, "p:", "q:", rows=3)  # p and its child hold two; q yields the third to b
+    check(runtime.run(requests, SEED), requests, engine, runtime)
+    joins = {text(fill.ids)[:2]: fill.keep for fill in engine.fills if fill.drawn}
+    assert runtime.evictions == 1
+    assert joins == {"[1": len("p:"), "q:": 0}  # p is extended in its row, q is prefilled again
+
+
+def test_a_new_problem_never_evicts() -> None:
+    told = {"p:": "<a>", "a:": "11111.", "q:": "xx.", "r:": ".", "p:[11111]": "."}
+    engine, runtime, requests = start(told, "p:", "q:", "r:", rows=2)  # p and q stop together; a takes q's row
+    check(runtime.run(requests, SEED), requests, engine, runtime)
+    assert [text(fill.ids) for fill in engine.fills] == ["p:", "q:", "a:", "[11111]", "r:"]
+    assert runtime.evictions == 0
+
+
+def test_new_threads_go_to_the_least_busy_device() -> None:
+    told = {"p:": "x" * 9 + ".", "q:": ".", "r:": "x" * 9 + ".", "s:": "<a|b>", "a:": "1.", "b:": "2.", "s:[1,2]": "."}
+    engine, runtime, requests = start(told, "p:", "q:", "r:", "s:", rows=8, devices=2)
+    runtime.run(requests, SEED)
+    placed = [(text(fill.ids), fill.row // 4) for fill in engine.fills]
+    assert placed[:4] == [("p:", 0), ("q:", 1), ("r:", 0), ("s:", 1)]
+    assert placed[4:] == [("a:", 1), ("b:", 1), ("[1,2]", 1)]  # q has ended and s waits: device 1 has nothing to do
+
+
+def test_watch_is_called_with_the_thread_whenever_a_call_of_it_has_stopped() -> None:
+    seen: list[tuple[tuple[int, ...], int]] = []
+    limits = dataclasses.replace(LIMITS, depth=2)
+    root = solo(BUSY, limits=limits, watch=lambda thread: seen.append((thread.path, len(thread.calls))))
+    assert sorted(seen) == sorted((thread.path, n + 1) for thread in root.walk() for n in range(len(thread.calls)))
+
+
+def test_watch_is_called_for_calls_that_found_no_room_too() -> None:
+    seen: list[tuple[tuple[int, ...], str]] = []
+    solo({"p:": "<A>", "p:[!]": "."}, context=20, watch=lambda thread: seen.append((thread.path, thread.stop)))
+    assert ((0, 0), pr.CONTEXT) in seen
+
+
+# ------------------------------------------------------------------- a second task
+
+
+class Products:
+    """12*34= asks children for 12*4 and 12*30, and adds what they say."""
+
+    end_id, spawn_id = ord("."), ord(">")
+
+    def prompt(self, problem: tuple[int, int]) -> list[int]:
+        return ids(f"{problem[0]}*{problem[1]}=")
+
+    def spawn(self, ids_: Sequence[int]) -> Spawn:
+        before, _, block = text(ids_)[:-1].rpartition("<")
+        if not re.fullmatch(r"\d+\*\d+(\|\d+\*\d+)*", block):
+            raise MalformedSpawn(f"no products: {block!r}")
+        return Spawn(len(before), [ids(f"{product}=") for product in block.split("|")])
+
+    def join(self, children: Sequence[Thread]) -> list[int]:
+        return ids("[" + "+".join(answer(child) for child in children) + "]")
+
+    def grade(self, problem: tuple[int, int], root: Thread) -> Grade:
+        found = answer(root)
+        right = found == str(problem[0] * problem[1])
+        return Grade(right, "" if right else f"{found} is not {problem[0]} * {problem[1]}", (found,))
+
+
+def calculate(context: str, _: Fill) -> str:
+    """A policy for `Products`; it believes that 7 * 7 is 48."""
+    if partial := re.search(r"\[([\d+]*)\]$", context):
+        return f"{sum(map(int, partial.group(1).split('+')))}."
+    left, right = context.rstrip("=").split("*")
+    if not right.rstrip("0")[1:]:
+        return "48." if (left, right) == ("7", "7") else f"{int(left) * int(right)}."
+    digits = [(digit, "0" * power) for power, digit in enumerate(reversed(right)) if digit != "0"]
+    return "<" + "|".join(f"{left}*{digit}{zeros}" for digit, zeros in digits) + ">"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_a_new_task_is_a_new_protocol_object_and_nothing_else(rows: int) -> None:
+    engine = ScriptedEngine(calculate, rows)
+    runtime = Runtime(engine, Products(), LIMITS)
+    problems = [(12, 34), (7, 7), (999, 1203), (5, 20), (0, 11)]
+    requests = [Request(problem) for problem in problems]
+    rollouts = runtime.run(requests, SEED)
+    check(rollouts, requests, engine, runtime)
+    assert [rollout.grade.answer for rollout in rollouts] == [("408",), ("48",), ("1201797",), ("100",), ("0",)]
+    assert [rollout.grade.correct for rollout in rollouts] == [True, False, True, True, True]
+    assert rollouts[1].grade.reason == "48 is not 7 * 7"
+    assert text(rollouts[2].root.ids()) == "999*1203=[2997+199800+999000]1201797."
+    assert [pr.metrics(rollout)["children"] for rollout in rollouts] == [2, 0, 3, 0, 2]

@@ -1,0 +1,131 @@
+"""The runtime under scripts that write at random, within random limits, on random rows.
+
+Half of the scripts write noise, half know the grammar and get it wrong now and
+then. Whatever they write: no crash, no hang, no leaked row, every request
+answered, every thread ended for a reason that is true, and the
+same rollouts on other rows. 2,000 rollouts by
+default, 100,000 with `python -m pytest -m slow tests/runtime_fuzz_test.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+
+import pytest
+
+import parallel_runtime as pr
+from parallel_runtime import Fill, Limits, Request, Rollout, Runtime, Thread
+from tests.parallel_runtime_test import Script, ScriptedEngine, Toy, check, ids, text
+
+SEED = (7, 3)
+ROLLOUTS = 20  # per run
+
+
+def noise(context: str, fill: Fill) -> str:
+    random_ = random.Random(f"{fill.key} {fill.drawn}")
+    return "".join(random_.choices("ab<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.limit))
+
+
+def grammar(context: str, fill: Fill) -> str:
+    random_ = random.Random(f"{fill.key} {fill.drawn}")
+    kind = random_.random()
+    before = "x" * random_.randrange(12)
+    if kind < 0.35:
+        return before + "." + "z" * fill.limit
+    if kind < 0.45:
+        return "y" * fill.limit
+    names = random_.choices(["a", "b", "cc", "A", "7", ""], (8, 8, 8, 2, 0.3, 0.3), k=random_.choice((0, 1, 1, 2, 2, 3, 4)))
+    mark = "<" if kind < 0.97 else ""
+    return before + mark + "|".join(names) + ">" + "z" * fill.limit
+
+
+def random_limits(random_: random.Random) -> Limits:
+    return Limits(
+        children=random_.randint(0, 4),
+        spawns=random_.randint(0, 4),
+        depth=random_.randint(0, 4),
+        thread_tokens=random_.choice((1, 5, 20, 60)),
+        rollout_tokens=random_.choice((1, 10, 50, 200, 1000)),
+    )
+
+
+def fuzz(number: int, reasons: collections.Counter[str]) -> None:
+    """One run of `ROLLOUTS` rollouts, fixed by its number."""
+    random_ = random.Random(number)
+    script: Script = random_.choice((noise, grammar))
+    limits, context = random_limits(random_), random_.choice((8, 25, 60, 200))
+    requests = [Request(random_.choice(("p:", "quite:")), number * ROLLOUTS + index) for index in range(ROLLOUTS)]
+
+    def rollouts_on(devices: int, rows: int, patience: int) -> list[Rollout]:
+        engine = ScriptedEngine(script, rows, devices, context, patience)
+        runtime = Runtime(engine, Toy(), limits)
+        rollouts = runtime.run(requests, SEED)
+        check(rollouts, requests, engine, runtime)
+        return [dataclasses.replace(rollout, milliseconds=0.0) for rollout in rollouts]
+
+    devices = random_.choice((1, 2, 4))
+    rows = devices * random_.randint(1, 9)
+    rollouts = rollouts_on(devices, rows, random_.randint(1, rows))
+    assert rollouts == rollouts_on(1, random_.randint(1, 9), 1)
+    for rollout in rollouts:
+        assert text(rollout.root.calls[0].injected) == rollout.problem
+        reasons.update(thread.stop for thread in rollout.threads())
+        verify(rollout.root, limits, context, limits.rollout_tokens)
+
+
+def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None:
+    """The thread and its descendants keep every bound, and each ended for the reason it gives."""
+    memory: list[int] = []
+    spent, spawns = 0, iter(enumerate(thread.spawns))
+    for number, call in enumerate(thread.calls):
+        memory = memory[: call.keep] + call.injected + call.sampled
+        spent += len(call.sampled)
+        assert not call.sampled or len(memory) <= context
+        if call is thread.calls[-1]:
+            break
+        assert call.stop == pr.SPAWN
+        spawned, children = next(spawns)
+        spawn = Toy().spawn(memory)
+        assert [child.calls[0].injected for child in children] == spawn.prompts
+        assert (thread.calls[number + 1].keep, thread.calls[number + 1].injected) == (spawn.start, Toy().join(children))
+        for place, child in enumerate(children):
+            assert child.path == (*thread.path, spawned, place)
+            verify(child, limits, context, (allowance - spent) // len(children))
+        spent += sum(map(pr.total_tokens, children))
+        assert 1 <= len(children) <= limits.children
+    assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
+    own = sum(len(call.sampled) for call in thread.calls)
+    assert spent == pr.total_tokens(thread) <= allowance and own <= limits.thread_tokens
+    assert own <= pr.sequential_tokens(thread) <= spent
+    last = thread.calls[-1].sampled[-1:]
+    asked = last == ids(">")
+    assert {
+        pr.END: last == ids("."),
+        pr.CONTEXT: len(memory) >= context,
+        pr.THREAD_TOKENS: own == limits.thread_tokens,
+        pr.ROLLOUT_TOKENS: spent == allowance,
+        pr.MALFORMED: asked and thread.detail,
+        pr.DEPTH: asked and len(thread.path) // 2 == limits.depth,
+        pr.SPAWNS: asked and len(thread.spawns) == limits.spawns,
+        pr.CHILDREN: asked and text(memory).rpartition("<")[2].count("|") >= limits.children,
+    }[thread.stop]
+    assert (last in (ids("."), ids(">"))) == (thread.stop not in (pr.CONTEXT, pr.THREAD_TOKENS, pr.ROLLOUT_TOKENS))
+    assert bool(thread.detail) == (thread.stop == pr.MALFORMED)
+
+
+def run_many(numbers: range) -> None:
+    reasons: collections.Counter[str] = collections.Counter()
+    for number in numbers:
+        fuzz(number, reasons)
+    assert set(reasons) == set(pr.STOPS) - {pr.SPAWN}, reasons  # the scripts went everywhere
+
+
+def test_2000_random_rollouts() -> None:
+    run_many(range(2000 // ROLLOUTS))
+
+
+@pytest.mark.slow
+def test_100000_random_rollouts() -> None:
+    run_many(range(1000, 1000 + 100_000 // ROLLOUTS))
