@@ -43,6 +43,12 @@ class Experiment:
                 f"train.length={config.train.length} is shorter than model.context={config.model.context}: "
                 "a thread may fill the context, so rows must be at least as long"
             )
+        micro, data = config.train.micro_rows, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if micro < 1 or config.train.rows % micro or micro % data:
+            raise ValueError(
+                f"train.micro_rows={micro} must divide train.rows={config.train.rows} "
+                f"and be a multiple of the {data} devices that rows are spread over"
+            )
         self._samplers: dict[float, Sampler] = {}
 
     def optimizer(self) -> optax.GradientTransformation:

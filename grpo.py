@@ -189,7 +189,7 @@ def make_batches(
     owner = {id(thread): number for number, rollout in enumerate(rollouts) for thread in rollout.threads()}
     weights = weigh(rollouts, config.grpo.aggregate, config.grpo.rollout_constant)
     pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.train.length)]
-    batches, where = pack_all(pieces, config.train.rows, config.train.length)
+    batches, where = pack_all(pieces, config.train.micro_rows, config.train.length)
     for number, row, columns, piece in where:
         rollout = owner[id(piece.thread)]
         pairs = [weights[rollout].get((id(piece.thread), call), (0.0, 0.0)) for call in piece.calls]

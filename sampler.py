@@ -40,7 +40,7 @@ import dataclasses
 import functools
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import Decoder, Past
 from parallel_runtime import Fill, Stopped
 
-PREFILL_LENGTHS = (16, 64)  # ids fed per row and call; longer fills take several calls
+PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
+PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
 ENOUGH = 8  # a burst ends when 1 / ENOUGH of its rows are done
 ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
@@ -82,23 +83,23 @@ class SamplerConfig:
 
 
 class Cache(typing.NamedTuple):
-    """Keys and values, layer by layer; per device [R/data, K, S, H], which attention reads without a copy."""
+    """Keys and values, layer by layer; per device [R/data, K, S, H], the order in which attention reads them.
+
+    One array per layer and the heads outside the slots: otherwise XLA on CPU copies the cache in every step.
+    """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
 
-    def map(self, function: Callable[[Array], Array]) -> Cache:
-        """The function applied to the arrays of every layer."""
-        return Cache(*(tuple(map(function, part)) for part in self))
+    @classmethod
+    def of(cls, new: typing.Any) -> Cache:
+        """From the keys and values [L, B, T, K, H] that the model returns."""
+        return cls(*(tuple(jnp.swapaxes(x, 2, 3)) for x in new))
 
-    def zip(self, function: Callable[[Array, Array], Array], new: Sequence[Array]) -> Cache:
-        """The function applied to every layer's array and its part of `new`, the model's k and v [L, B, T, K, H]."""
-        pairs = [zip(part, jnp.swapaxes(x, 2, 3), strict=True) for part, x in zip(self, new, strict=True)]
-        return Cache(*(tuple(function(old, x) for old, x in pair) for pair in pairs))
-
-    def past(self, visible: Array) -> Past:
-        """As the model wants it, with the axes of slots and heads in its order."""
-        return Past(*([jnp.swapaxes(x, 1, 2) for x in part] for part in self), visible)
+    def past(self, visible_BS: Array) -> Past:
+        """As the model reads it; lists stand for the axis of layers."""
+        k, v = ([jnp.swapaxes(x, 1, 2) for x in part] for part in self)
+        return Past(typing.cast(Array, k), typing.cast(Array, v), visible_BS)
 
 
 class Burst(typing.NamedTuple):
@@ -185,11 +186,12 @@ def _prefill(model: Decoder, params: typing.Any, history: Cache, rows_B: Array, 
     """Feeds ids [B, T] after the first `length` slots of their rows; rows is int32 [B, columns]."""
     row_B, length_B = rows_B.T
     T = ids_BT.shape[1]
-    past = [history.map(lambda x: _view(x, row_B, slots)).past(jnp.arange(slots)[None] < length_B[:, None])]
+    view = jax.tree.map(lambda x: _view(x, row_B, slots), history)
+    past = [view.past(jnp.arange(slots)[None] < length_B[:, None])] if slots else []
     positions_BT = length_B[:, None] + jnp.arange(T)[None]
     until_BT = jnp.full_like(ids_BT, T)
-    _, new = model.apply({"params": params}, ids_BT, positions_BT, until_BT, past if slots else ())
-    return history.zip(lambda x, new: _write(x, row_B, length_B, new), new)
+    _, new = model.apply({"params": params}, ids_BT, positions_BT, until_BT, past)
+    return jax.tree.map(lambda x, new: _write(x, row_B, length_B, new), history, Cache.of(new))
 
 
 def _decode(
@@ -204,7 +206,7 @@ def _decode(
     """One burst of the rows int32 [B, columns]; returns what a `Burst` says of counts, ids and log-probs."""
     row_B, length_B, token_B, drawn_B, limit_B, *key = rows_B.T
     key_B2 = jax.lax.bitcast_convert_type(jnp.stack(key, axis=1), jnp.uint32)
-    view = history.map(lambda x: _view(x, row_B, slots))
+    view = jax.tree.map(lambda x: _view(x, row_B, slots), history)
     old_BS = jnp.arange(slots)[None] < length_B[:, None]
     idle_B = limit_B == 0
     enough = (jnp.sum(~idle_B) + ENOUGH - 1) // ENOUGH
@@ -219,6 +221,7 @@ def _decode(
         past = view.past(old_BS), burst.tail.past(visible_BI)
         logits, new = model.apply({"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), past)
         ids_B, logp_B, sampled_logp_B = draw(logits[:, 0], key_B2, drawn_B + burst.step, config)
+        # Never the 0, but now the tail is written after all reads of it; else XLA copies it in every step.
         column = jnp.where(ids_B[0] < 0, 0, burst.step)
         count_B = burst.count_B + ~burst.done_B
         stop_B = (ids_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
@@ -227,7 +230,7 @@ def _decode(
             count_B,
             burst.done_B | stop_B | (count_B >= limit_B),
             ids_B,
-            burst.tail.zip(lambda x, new: _put(x, new, column, 2), new),
+            jax.tree.map(lambda x, new: _put(x, new, column, 2), burst.tail, Cache.of(new)),
             _put(burst.ids_BI, ids_B[:, None], burst.step),
             _put(burst.logp_BI, logp_B[:, None], burst.step),
             _put(burst.sampled_logp_BI, sampled_logp_B[:, None], burst.step),
@@ -239,18 +242,13 @@ def _decode(
         _zeros((B,), jnp.int32),
         idle_B,
         token_B,
-        view.map(lambda x: _zeros((*x.shape[:2], config.burst, x.shape[3]), x.dtype)),
+        jax.tree.map(lambda x: _zeros((*x.shape[:2], config.burst, x.shape[3]), x.dtype), view),
         _zeros((B, config.burst), jnp.int32),
         _zeros((B, config.burst), jnp.float32),
         _zeros((B, config.burst), jnp.float32),
     )
     end = jax.lax.while_loop(going, step, start)
-    history = Cache(
-        *(
-            tuple(_write(x, row_B, length_B, tail) for x, tail in zip(part, tails, strict=True))
-            for part, tails in zip(history, end.tail, strict=True)
-        )
-    )
+    history = jax.tree.map(lambda x, tail: _write(x, row_B, length_B, tail), history, end.tail)
     return history, (end.count_B, end.ids_BI, end.logp_BI, end.sampled_logp_BI)
 
 
@@ -261,6 +259,23 @@ def _put(x: Array, column: Array, step: Array, axis: int = 1) -> Array:
 def _zeros(shape: tuple[int, ...], dtype: typing.Any) -> Array:
     """Zeros that differ between devices once the loop has run: its carry must have one type."""
     return jax.lax.pcast(jnp.zeros(shape, dtype), "data", to="varying")
+
+
+@functools.cache
+def _compiled(model: Decoder, config: SamplerConfig, stop_ids: tuple[int, ...], mesh: Mesh) -> tuple[typing.Any, ...]:
+    """The jitted (prefill, decode) over all devices. They compile once per combination of buckets."""
+
+    def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
+        specs = (PartitionSpec(), ROWS, ROWS, ROWS)
+        device = functools.partial(_prefill, model, slots=slots)
+        return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows, ids)
+
+    def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
+        specs = (PartitionSpec(), ROWS, ROWS)
+        device = functools.partial(_decode, model, config, stop_ids, slots=slots)
+        return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows)
+
+    return tuple(jax.jit(f, static_argnames="slots", donate_argnames="history") for f in (prefill, decode))
 
 
 # ------------------------------------------------------------------- host
@@ -275,7 +290,7 @@ class _Row:
     limit: int = 0  # ids that may still be drawn; 0 is inactive
     key: tuple[int, int] = (0, 0)
     drawn: int = 0
-    stopped: Stopped | None = None  # filled while the row is active
+    drew: Stopped = dataclasses.field(default_factory=lambda: Stopped(0, [], [], []))  # since its last fill
 
 
 class Sampler:
@@ -301,41 +316,28 @@ class Sampler:
             raise ValueError(f"sampler.top_k={config.top_k} exceeds the vocabulary of {model.config.vocab_size}")
         self.model, self.config = model, config
         self.per_device = self.rows // self.devices
-        self.row_buckets = _doubling(1, self.per_device)
+        self.row_buckets = _doubling(self.per_device)
         self.slot_buckets = _two_bits(config.bucket, self.context)
-        self.counters: collections.Counter[str] = collections.Counter()
+        self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
+        self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stop_ids = frozenset(stop_ids)
-        self._history = self._empty_history()
-        self._compile(tuple(stop_ids))
+        self._history = self._empty()
+        self._prefill, self._decode = _compiled(model, config, tuple(stop_ids), self.mesh)
         self.update(params)
         self.reset()
 
-    def _empty_history(self) -> Cache:
+    @property
+    def compilations(self) -> int:
+        """Device functions compiled so far, by all samplers alike in model, config, stop ids and mesh."""
+        return self._prefill._cache_size() + self._decode._cache_size()
+
+    def _empty(self) -> Cache:
         c = self.model.config
         # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
         slots = self.slot_buckets[-1] + max(self.config.burst, PREFILL_LENGTHS[-1])
         shape = (self.rows, c.kv_heads, slots, c.head_width)
         zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
         return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
-
-    def _compile(self, stop_ids: tuple[int, ...]) -> None:
-        """Defines the two jitted functions; they compile once per bucket."""
-
-        def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
-            self.counters["compilations"] += 1
-            device = functools.partial(_prefill, self.model, slots=slots)
-            return self._shard(device, (PartitionSpec(), ROWS, ROWS, ROWS), ROWS)(params, history, rows, ids)
-
-        def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
-            self.counters["compilations"] += 1
-            device = functools.partial(_decode, self.model, self.config, stop_ids, slots=slots)
-            return self._shard(device, (PartitionSpec(), ROWS, ROWS), (ROWS, ROWS))(params, history, rows)
-
-        self._prefill = jax.jit(prefill, static_argnames="slots", donate_argnames="history")
-        self._decode = jax.jit(decode, static_argnames="slots", donate_argnames="history")
-
-    def _shard(self, function: typing.Any, in_specs: typing.Any, out_specs: typing.Any) -> typing.Any:
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def update(self, params: typing.Any) -> None:
         """Takes new parameters of the same shapes. Rows keep what they have cached under the old ones."""
@@ -346,6 +348,7 @@ class Sampler:
     def reset(self) -> None:
         """Stops and empties every row."""
         self._state = [_Row() for _ in range(self.rows)]
+        self._row = self._state.__getitem__
 
     def prefill(self, fills: list[Fill]) -> None:
         """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
@@ -356,20 +359,19 @@ class Sampler:
         device = self.counters["prefill_seconds"]
         for fill in fills:
             self._check(fill)
-            row = self._state[fill.row]
+            row = self._row(fill.row)
             row.ids = row.ids[: fill.keep] + fill.ids
             row.cached = min(row.cached, fill.keep)
             row.limit, row.key, row.drawn = min(fill.limit, self.context - len(row.ids)), fill.key, fill.drawn
-            row.stopped = Stopped(fill.row, [], [], [])
-        waiting = [fill.row for fill in fills]
-        while waiting := [number for number in waiting if self._lacking(number)]:
-            self._feed(waiting)
+            row.drew = Stopped(fill.row, [], [], [])
+        while waiting := [fill.row for fill in fills if self._lacking(fill.row)]:
+            self._feed(*self._group(waiting))
         self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)
 
     def _check(self, fill: Fill) -> None:
         if not 0 <= fill.row < self.rows:
             raise ValueError(f"there is no row {fill.row} of {self.rows}")
-        length = len(self._state[fill.row].ids)
+        length = len(self._row(fill.row).ids)
         if not 0 <= fill.keep <= length:
             raise ValueError(f"row {fill.row} has {length} ids and cannot keep {fill.keep}")
         if not fill.ids or fill.limit < 1:
@@ -378,42 +380,48 @@ class Sampler:
             raise ValueError(f"{fill.keep} + {len(fill.ids)} ids leave no room to draw in a context of {self.context}")
 
     def _lacking(self, number: int) -> int:
-        return len(self._state[number].ids) - 1 - self._state[number].cached
+        return len(self._row(number).ids) - 1 - self._row(number).cached
 
-    def _feed(self, waiting: list[int]) -> None:
-        """One chunk of each waiting row goes through the model."""
-        length = _fit(PREFILL_LENGTHS, min(max(map(self._lacking, waiting)), PREFILL_LENGTHS[-1]))
-        slots = max(self._state[number].cached for number in waiting)
-        rows, order = self._layout(waiting, len(PREFILL_COLUMNS))
+    def _chunk(self, number: int) -> int:
+        return _fit(PREFILL_LENGTHS, min(self._lacking(number), PREFILL_LENGTHS[-1]))
+
+    def _group(self, waiting: list[int]) -> tuple[list[int], int, int]:
+        """Rows to feed in one call, how many that call takes per device, and how many ids of each."""
+        length = min(map(self._chunk, waiting))
+        alike = [number for number in waiting if self._chunk(number) == length]
+        alike.sort(key=lambda number: self._row(number).cached)
+        devices = [[n for n in alike if n // self.per_device == device] for device in range(self.devices)]
+        size = max(size for size in PREFILL_ROWS if size <= max(map(len, devices)))
+        return [number for rows in devices for number in rows[:size]], size, length
+
+    def _feed(self, numbers: list[int], size: int, length: int) -> None:
+        """A chunk of each row goes through the model and into the history."""
+        slots = _fit(self.prefill_slots, max(self._row(number).cached for number in numbers))
+        rows, order = self._layout(numbers, size, len(PREFILL_COLUMNS))
         ids = np.zeros((len(rows), length), np.int32)
         for place, number in order:
-            row = self._state[number]
+            row = self._row(number)
             chunk = row.ids[row.cached : -1][:length]
             rows[place, 1], ids[place, : len(chunk)] = row.cached, chunk
             row.cached += len(chunk)
             self.counters["prefill_tokens"] += len(chunk)
         begin = time.perf_counter()
-        self._history = self._prefill(
-            self._params, self._history, *self._put(rows, ids), slots=_fit(self.slot_buckets, slots) if slots else 0
-        )
+        self._history = self._prefill(self._params, self._history, *self._put(rows, ids), slots=slots)
         jax.block_until_ready(self._history)
         self.counters["prefill_calls"] += 1
         self.counters["prefill_seconds"] += time.perf_counter() - begin
 
-    def _layout(self, numbers: list[int], columns: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """int32 [devices * B, columns] with column `row` filled in, and (place in it, number) of every row."""
-        places: list[list[int]] = [[] for _ in range(self.devices)]
-        for number in numbers:
-            places[number // self.per_device].append(number)
-        size = _fit(self.row_buckets, max(map(len, places)))
+    def _layout(self, numbers: list[int], size: int, columns: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """int32 [devices * size, columns] with the column `row` filled in, and (place in it, number) of every row."""
         rows = np.zeros((self.devices * size, columns), np.int32)
         rows[:, 0] = self.per_device  # no row
-        if size == self.per_device:
-            order = [(number, number) for number in numbers]
-        else:
-            order = [(device * size + i, number) for device, held in enumerate(places) for i, number in enumerate(held)]
-        for place, number in order:
-            rows[place, 0] = number % self.per_device
+        order, taken = [], collections.Counter[int]()
+        for number in numbers:
+            device, row = divmod(number, self.per_device)
+            place = device * size + (row if size == self.per_device else taken[device])
+            rows[place, 0] = row
+            order.append((place, number))
+            taken[device] += 1
         return rows, order
 
     def _put(self, *arrays: np.ndarray) -> typing.Any:
@@ -421,62 +429,54 @@ class Sampler:
 
     def decode(self) -> list[Stopped]:
         """Bursts until a row has stopped; returns those that have, in order of rows. No active row: []."""
+        active = [number for number, row in enumerate(self._state) if row.limit]
         stopped: list[Stopped] = []
-        while not stopped:
-            active = [number for number, row in enumerate(self._state) if row.limit]
-            if not active:
-                break
-            stopped = self._burst(active)
+        while active and not stopped:
+            self._burst(active)
+            stopped = [self._row(number).drew for number in active if not self._row(number).limit]
         return stopped
 
-    def _burst(self, active: list[int]) -> list[Stopped]:
+    def _burst(self, active: list[int]) -> None:
+        """One device call for the active rows, and what it drew."""
         begin = time.perf_counter()
-        rows, order = self._layout(active, len(DECODE_COLUMNS))
+        most = max(collections.Counter(number // self.per_device for number in active).values())
+        rows, order = self._layout(active, _fit(self.row_buckets, most), len(DECODE_COLUMNS))
         for place, number in order:
-            row = self._state[number]
+            row = self._row(number)
             rows[place, 1:5] = row.cached, row.ids[-1], row.drawn, row.limit
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
-        slots = _fit(self.slot_buckets, max(self._state[number].cached for number in active))
+        slots = _fit(self.slot_buckets, max(self._row(number).cached for number in active))
         called = time.perf_counter()
         self._history, outputs = self._decode(self._params, self._history, self._put(rows)[0], slots=slots)
         count, *outputs = jax.device_get(outputs)
         returned = time.perf_counter()
-        stopped = [row for place, number in order if (row := self._book(number, count[place], *(x[place] for x in outputs)))]
+        for place, number in order:
+            self._book(number, count[place], *(x[place] for x in outputs))
         self.counters["bursts"] += 1
         self.counters["decode_steps"] += int(count.max())
         self.counters["decode_tokens"] += int(count.sum())
         self.counters["decode_seconds"] += returned - called
         self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
-        return sorted(stopped, key=lambda row: row.row)
 
-    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled: np.ndarray) -> Stopped | None:
-        """Notes what a row has drawn; returns it if it has stopped."""
-        row = self._state[number]
-        assert row.stopped is not None
-        new = ids[:count].tolist()
+    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled_logp: np.ndarray) -> None:
+        """Notes what a row has drawn; one that has stopped gets the limit 0."""
+        row, new = self._row(number), ids[:count].tolist()
         row.ids += new
         row.cached += len(new)
         row.drawn += len(new)
-        row.limit -= len(new)
-        row.stopped.ids += new
-        row.stopped.logprobs += logp[:count].tolist()
-        row.stopped.sampled_logprobs += sampled[:count].tolist()
-        if row.limit and not (new and new[-1] in self._stop_ids):
-            return None
-        row.limit = 0
-        return row.stopped
+        row.limit = 0 if new and new[-1] in self._stop_ids else row.limit - len(new)
+        row.drew.ids += new
+        row.drew.logprobs += logp[:count].tolist()
+        row.drew.sampled_logprobs += sampled_logp[:count].tolist()
 
 
 def _fit(buckets: Sequence[int], needed: int) -> int:
     return next(bucket for bucket in buckets if bucket >= needed)
 
 
-def _doubling(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, 4 first, ... and last."""
-    buckets = [first]
-    while buckets[-1] < last:
-        buckets.append(min(2 * buckets[-1], last))
-    return tuple(buckets)
+def _doubling(last: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and last."""
+    return (*(1 << i for i in range((last - 1).bit_length())), last)
 
 
 def _two_bits(unit: int, last: int) -> tuple[int, ...]:

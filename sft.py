@@ -31,7 +31,7 @@ from evaluate import report
 from experiment import Experiment
 from packing import Packer, Segment, TokenBatch
 from parallel_runtime import longest_context
-from train_state import Outputs, TrainState, init_state, make_train_step, stack
+from train_state import Outputs, TrainState, init_state, make_train_step, split
 from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
 
 def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
@@ -69,7 +69,7 @@ class DemonstrationStream:
         return [piece for thread in rollout.threads() for piece in packing.segments(thread, config.train.length)]
 
     def next(self) -> TokenBatch:
-        """The next batch, [1, R, T], weighted so that a sum over it is a mean over sampled ids."""
+        """The next batch, [M, R, T], weighted so that a sum over it is a mean over sampled ids."""
         self._packer.clear()
         index, offset = self.cursor
         while True:
@@ -77,7 +77,8 @@ class DemonstrationStream:
                 if not self._packer.add(self._segments[offset]):
                     self.cursor = (index, offset)
                     batch, _ = self._packer.batch()
-                    return stack([batch._replace(weight=batch.weight / batch.sampled.sum())])
+                    weight = batch.weight / batch.sampled.sum()
+                    return split(batch._replace(weight=weight), self.experiment.config.train.micro_rows)
                 offset += 1
             index, offset = index + 1, 0
             self._segments = self._draw(index)

@@ -15,7 +15,8 @@ down; a model trained on the text learns to search (paper section 4).
   4. One exact grader (`grade_steps`) judges demonstrations and rollouts alike.
 
 Deviations from the paper and its released code (see also `search.py`):
-  - Problems are drawn uniformly among the solvable ones of their family.
+  - Problems of a small family are drawn uniformly among the solvable ones; of a
+    large one, the target first and then numbers until they reach it.
   - `Token Budget` is the multiple of the bin that holds the whole trace.
   - The path a child hands back is the text after its second-to-last `Goal
     Reached`, as there, but only if it parses and starts at the child's own node.
@@ -34,7 +35,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from absl import flags
@@ -118,9 +119,10 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
     rng = random.Random(f"problem {family} {split} {seed} {index}")
     listing = _listing(family, split)
     if listing is None:
-        for _ in range(20_000):
+        for draw in range(20_000):
+            if draw % 1000 == 0:  # the target first, then numbers until they can reach it, but not for ever
+                target = rng.randint(family.target_low, family.target_high)
             numbers = tuple(rng.randint(family.low, family.high) for _ in range(family.count))
-            target = rng.randint(family.target_low, family.target_high)
             if is_held_out(numbers, target) == (split == "heldout") and solvable(numbers, target):
                 return Problem(numbers, target)
     if not listing:
@@ -157,7 +159,7 @@ def _reachable(numbers: tuple[int, ...]) -> set[int]:
     """Every value that uses each of `numbers` exactly once (not to be changed: it is kept)."""
     if len(numbers) == 1:
         return set(numbers)
-    values = set()
+    values: set[int] = set()
     for part, rest in _splits(len(numbers)):
         others = _reachable(tuple([numbers[i] for i in rest]))
         for a in _reachable(tuple([numbers[i] for i in part])):
@@ -174,7 +176,8 @@ def solvable(numbers: Sequence[int], target: int) -> bool:
     """Whether `target` can be reached; meets in the middle: the last operation is undone, not tried."""
     for part, rest in _splits(len(numbers)):
         others = _reachable(tuple([numbers[i] for i in rest]))
-        for a in _reachable(tuple([numbers[i] for i in part])):  # is there a b among the others with a+b, a-b, b-a, a*b, a/b or b/a the target?
+        # Is there a b among the others with a+b, a-b, b-a, a*b, a/b or b/a the target?
+        for a in _reachable(tuple([numbers[i] for i in part])):
             if target - a in others or a - target in others or target + a in others:
                 return True
             if a and (target * a in others or (target % a == 0 and target // a in others)):

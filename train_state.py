@@ -208,6 +208,11 @@ def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch],
     return jax.jit(score, in_shardings=(None, TokenBatch(*[rows] * len(TokenBatch._fields))), out_shardings=rows)
 
 
+def split(batch: TokenBatch, micro_rows: int) -> TokenBatch:
+    """A batch [R, T] as micro-batches [R / micro_rows, micro_rows, T]."""
+    return TokenBatch(*(field.reshape(-1, micro_rows, field.shape[-1]) for field in batch))
+
+
 def stack(batches: list[TokenBatch], least: int = 1) -> TokenBatch:
     """Micro-batches [R, T] as one batch [M, R, T]; M is the next power of two from `least`, the rest empty.
 

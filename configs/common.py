@@ -23,11 +23,11 @@ MODELS = {
     "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
 }
 TRAINING = {
-    "smoke": dict(steps=20, rows=4, learning_rate=3e-3, warmup_steps=5, eval_every=10, eval_problems=8),
-    "laptop": dict(steps=3400, rows=16, learning_rate=3e-3, warmup_steps=100, eval_every=850, eval_problems=200),
-    "desktop": dict(steps=6000, rows=16, learning_rate=2e-3, warmup_steps=200, eval_every=1000, eval_problems=200),
-    "gpu": dict(steps=8000, rows=64, learning_rate=1e-3, warmup_steps=400, eval_every=1000, eval_problems=500),
-    "paper": dict(steps=19000, rows=1024, learning_rate=5e-5, warmup_steps=1000, eval_every=1000, eval_problems=1000),
+    "smoke": dict(steps=20, rows=4, micro_rows=2, learning_rate=3e-3, warmup_steps=5, eval_every=10, eval_problems=8),
+    "laptop": dict(steps=2400, rows=16, micro_rows=2, learning_rate=3e-3, warmup_steps=100, eval_every=600, eval_problems=200),
+    "desktop": dict(steps=6000, rows=16, micro_rows=2, learning_rate=2e-3, warmup_steps=200, eval_every=1000, eval_problems=200),
+    "gpu": dict(steps=8000, rows=64, micro_rows=64, learning_rate=1e-3, warmup_steps=400, eval_every=1000, eval_problems=500),
+    "paper": dict(steps=19000, rows=1024, micro_rows=64, learning_rate=5e-5, warmup_steps=1000, eval_every=1000, eval_problems=1000),
 }
 ROWS = {"smoke": 16, "laptop": 64, "desktop": 64, "gpu": 512, "paper": 256}
 PRESETS = tuple(FAMILIES)
@@ -53,10 +53,11 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 token_bin=512,  # granularity of SoS+'s token budget
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
-            number_limit=10 if preset in ("gpu", "paper") else 1000,
+            number_limit=10 if preset in ("gpu", "paper") else 500,
             model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, dtype="float32"),
             train=dict(
                 rows=training["rows"],  # packed rows per update
+                micro_rows=training["micro_rows"],  # rows per forward pass; on a CPU few rows stay in its cache
                 length=MODELS[preset]["context"],  # tokens per row
                 overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
                 log_every=max(1, training["steps"] // 100),

@@ -22,6 +22,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOST_ONLY = ("packing", "parallel_runtime", "solver", "tokenizer")  # never import JAX, nor what needs it
 ACCELERATOR = {"flax", "jax", "jaxlib", "optax", "orbax"}
+EXTRAS = {"tests": "test", "benchmarks": "benchmarks"}  # folder: the extra of pyproject.toml it may lean on
 
 
 class Rule(typing.NamedTuple):
@@ -101,26 +102,31 @@ def project() -> dict[str, typing.Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def declared(*, test: bool) -> set[str]:
-    """Names of the packages that pyproject.toml asks for, with or without its extra `test`."""
+def declared(folder: str) -> set[str]:
+    """Names of the packages that pyproject.toml offers to the files of a folder ("" for the modules)."""
     table = project()["project"]
-    asked = table["dependencies"] + (table["optional-dependencies"]["test"] if test else [])
+    asked = table["dependencies"] + (table["optional-dependencies"][EXTRAS[folder]] if folder in EXTRAS else [])
     return {re.split(r"[^\w.-]", line)[0] for line in asked}
 
 
 @functools.cache
-def package_of(name: str, *, test: bool) -> str:
-    """The declared package that provides the import `name`: absl -> absl-py."""
-    candidates = declared(test=test) & set(importlib.metadata.packages_distributions().get(name, ()))
+def providers() -> typing.Mapping[str, list[str]]:
+    """The installed packages that provide each import."""
+    return importlib.metadata.packages_distributions()
+
+
+def package_of(name: str, folder: str) -> str:
+    """The declared package that provides the import `name`: absl -> absl-py (itself if it is not installed)."""
+    candidates = declared(folder) & set(providers().get(name, [name]))
     assert len(candidates) == 1, f"import {name}: not one package of pyproject.toml, but {sorted(candidates)}"
     return candidates.pop()
 
 
-def label_of(name: str, *, test: bool) -> str:
-    """The label that a file which imports `name` has to depend on."""
+def label_of(name: str, folder: str) -> str:
+    """The label that a file of `folder` which imports `name` has to depend on."""
     if name in MODULES:
         return next(rule.label for rule in RULES if MODULES[name] in rule.srcs)
-    return "@pip//" + re.sub(r"[-_.]+", "_", package_of(name, test=test)).lower()
+    return "@pip//" + re.sub(r"[-_.]+", "_", package_of(name, folder)).lower()
 
 
 def test_every_file_is_in_exactly_one_rule() -> None:
@@ -133,11 +139,11 @@ def test_every_file_is_in_exactly_one_rule() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.label)
 def test_deps_are_the_imports(rule: Rule) -> None:
-    test = rule.label.startswith("//tests:")
+    folder = rule.label.removeprefix("//").split(":")[0]
     names = {name for src in rule.srcs for name in imported(src)}
-    needed = {label_of(name, test=test) for name in names} - {rule.label}
+    needed = {label_of(name, folder) for name in names} - {rule.label}
     if rule.kind == "py_test":
-        needed |= {"//tests:tests"}  # Python imports a file's package before the file
+        needed |= {"//tests:tests"}  # what runs before any file of tests: __init__.py and conftest.py
     assert rule.deps == needed
 
 
@@ -154,8 +160,8 @@ def test_kind_and_name_follow_from_the_file(rule: Rule) -> None:
 def test_pyproject_lists_the_modules_and_the_packages_they_import() -> None:
     top = [path for path in source_files() if "/" not in path]
     assert project()["tool"]["setuptools"]["py-modules"] == [module_name(path) for path in top]
-    shipped = {name for path in source_files() if not path.startswith("tests/") for name in imported(path)}
-    assert {package_of(name, test=False) for name in shipped - set(MODULES)} == declared(test=False)
+    shipped = {name for path in source_files() if path.split("/")[0] not in EXTRAS for name in imported(path)}
+    assert {package_of(name, "") for name in shipped - set(MODULES)} == declared("")
 
 
 def test_arrows_point_down_only() -> None:

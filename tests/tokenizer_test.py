@@ -116,7 +116,9 @@ def test_every_id_decodes_alone_and_encodes_back():
     assert t.vocab_size == 2 + 100 + len(PHRASES)
 
 
-@pytest.mark.parametrize(("text", "offset"), [("5+4=9?", 5), ("<|end|>", 0), ("7\n<Calling Sub", 2), ("٣", 0), ("0x", 1)])
+@pytest.mark.parametrize(
+    ("text", "offset"), [("5+4=9?", 5), ("<|end|>", 0), ("7\n<Calling Sub", 2), ("٣", 0), ("0x", 1)]
+)
 def test_unknown_text_is_an_error_with_its_offset(text, offset):
     with pytest.raises(ValueError, match=f"offset {offset}:"):
         Tokenizer(100).encode(text)
@@ -148,7 +150,7 @@ def test_parse_reads_fields():
         "Exploring Operation: 7//2=3, Resulting Numbers: [3]\n",
         "Exploring Operation: -1+2=1, Resulting Numbers: [1]\n",
         "Exploring Operation: 1.5*4=6, Resulting Numbers: [6]\n",
-        "Exploring Operation: 1+٣=4, Resulting Numbers: [4]\n",
+        "Exploring Operation: 1+1٣=14, Resulting Numbers: [14]\n",
         "31,31 equal: No Solution\n",
         "Token Budget: 512 Moving to Node #0\n",
         "No solution found.Moving to Node #0\n",

@@ -1,0 +1,247 @@
+"""Recipes: every preset builds and is what DESIGN says, the large ones take a step, and every field is read."""
+
+import importlib
+import pathlib
+import re
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import evaluate
+import sft
+from configs import apr, common, sos, sosp
+from experiment import Experiment
+from packing import TokenBatch
+from train_state import init_state, make_train_step
+from workdir import Workdir
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+SUPERVISED = {"apr": apr, "sosp": sosp, "sos": sos}
+PRESETS = ("smoke", "laptop", "desktop", "gpu", "paper")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, typing.Any]:
+    """Dotted name -> value of every field."""
+    found = {}
+    for name in config:
+        value = config[name]
+        inner = leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
+        found.update(inner)
+    return found
+
+
+def one_device(module: types.ModuleType, preset: str) -> ConfigDict:
+    """A preset with its rows on one of the eight devices."""
+    config = module.get_config(preset)
+    config.mesh.data = 1
+    return config
+
+
+def recipe(name: str) -> types.ModuleType:
+    return importlib.import_module(f"configs.{name}")
+
+
+# ------------------------------------------------------------------- every preset
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_preset_of_every_recipe_is_a_locked_config(name, preset):
+    config = recipe(name).get_config(preset)
+    assert config.is_locked
+    assert config.name == (name if name == "grpo" or preset == "laptop" else f"{name}-{preset}")
+    with pytest.raises(AttributeError):
+        config.temprature = 1.0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_default_preset_is_laptop_and_an_unknown_one_is_refused(name):
+    assert leaves(recipe(name).get_config()) == leaves(recipe(name).get_config("laptop"))
+    with pytest.raises(ValueError, match="unknown preset 'huge': choose one of smoke, laptop, desktop, gpu, paper"):
+        recipe(name).get_config("huge")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_of_a_recipe_is_its_command(name):
+    doc = recipe(name).__doc__ or ""
+    assert re.search(r"python grpo\.py\b" if name == "grpo" else rf"python sft\.py --config=configs/{name}\.py\b", doc)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_every_supervised_preset_builds(name, preset):
+    experiment = Experiment(one_device(SUPERVISED[name], preset))
+    experiment.optimizer()
+    rollout = experiment.demonstration("train", 0, 0)
+    assert rollout.root.calls[0].sampled
+    assert experiment.config.demonstrator.method == name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_methods_are_compared_alike(preset):
+    """Same problems, model, tokens and schedule; only the demonstrations differ."""
+    base = leaves(apr.get_config(preset))
+    for other in (sosp, sos):
+        differing = {name for name, value in leaves(other.get_config(preset)).items() if value != base[name]}
+        assert all(name == "name" or name.startswith("demonstrator.") for name in differing)
+
+
+# ------------------------------------------------------------------- what DESIGN says
+
+# preset: numbers, their range, targets, least and most parameters, context
+TABLE = {
+    "smoke": (3, (1, 9), (10, 20), 10_000, 200_000, 512),
+    "laptop": (3, (1, 20), (10, 50), 800_000, 1_300_000, 512),
+    "desktop": (4, (1, 12), (10, 24), 2_000_000, 9_000_000, 1024),
+    "gpu": (4, (1, 99), (10, 100), 10_000_000, 30_000_000, 2048),
+    "paper": (4, (1, 99), (10, 100), 227_000_000, 229_000_000, 4096),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_those_of_the_design(preset):
+    experiment = Experiment(one_device(apr, preset))
+    count, numbers, targets, least, most, context = TABLE[preset]
+    family = experiment.family
+    assert (family.count, (family.low, family.high), (family.target_low, family.target_high)) == (
+        count,
+        numbers,
+        targets,
+    )
+    assert least <= experiment.parameter_count() <= most
+    assert experiment.config.model.context == experiment.config.train.length == context
+
+
+def test_the_paper_preset_has_the_papers_parameters():
+    """18 layers of attention 4 x 1024^2, SwiGLU 3 x 1024 x 2752 and two scales of 1024, and a last scale."""
+    experiment = Experiment(apr.get_config("paper"))
+    embedding = experiment.tokenizer.vocab_size * 1024
+    by_hand = 18 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 1024
+    assert experiment.parameter_count() - embedding == by_hand == 227_709_952  # "228M"
+
+
+def test_the_paper_preset_has_the_papers_schedule():
+    optimizer = apr.get_config("paper").optimizer
+    paper = dict(learning_rate=5e-5, end_learning_rate=5e-7, steps=19_000, weight_decay=0.01, clip=1.0)
+    assert {name: optimizer[name] for name in paper} == pytest.approx(paper)
+    assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
+
+
+# ------------------------------------------------------------------- one step of the large presets
+
+
+def tiny_batch(rows: int, length: int, vocabulary: int) -> TokenBatch:
+    """Rows of random ids, all sampled but the first."""
+    tokens = np.random.default_rng(0).integers(2, vocabulary, (1, rows, length), np.int32)
+    sampled = np.broadcast_to(np.arange(length) > 0, tokens.shape)
+    fields = dict.fromkeys(TokenBatch._fields, np.zeros(tokens.shape, np.float32))
+    fields |= {
+        "tokens": tokens,
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+        "until": np.full(tokens.shape, length, np.int32),
+        "sampled": sampled,
+        "weight": (sampled / sampled.sum()).astype(np.float32),
+    }
+    return TokenBatch(**fields)
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh"), [("gpu", (1, 1, 1)), ("paper", (2, 2, 2))], ids=["gpu", "paper-on-a-2x2x2-mesh"]
+)
+def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
+    """One of its layers and a fraction of its batch: all else, widths, mesh and bfloat16 included, is as configured."""
+    config = apr.get_config(preset)
+    config.model.layers = 1
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+    config.optimizer.warmup_steps = 0
+    experiment = Experiment(config)
+    optimizer = experiment.optimizer()
+    state = init_state(experiment.model, optimizer, experiment.mesh, jax.random.key(0))
+    before = jax.device_get(state.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(before)} == {np.dtype("float32")}
+    batch = tiny_batch(4, 16, experiment.tokenizer.vocab_size)
+    step = make_train_step(experiment.model, optimizer, sft.sft_loss, experiment.mesh)
+    state, metrics = step(state, batch)
+    assert int(state.step) == 1
+    assert float(metrics["loss"]) == pytest.approx(np.log(experiment.tokenizer.vocab_size), rel=0.1)
+    assert 0 < float(metrics["grad_norm"]) < 100
+    moved = jax.tree.map(lambda old, new: bool((old != np.asarray(new)).any()), before, state.params)
+    assert all(jax.tree.leaves(moved))
+
+
+# ------------------------------------------------------------------- every field is read
+
+
+def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compilation_cache):
+    """Trains and evaluates for a step, watching which fields of which section are asked for."""
+    config = apr.get_config("smoke")
+    config.update_from_flattened_dict(
+        {
+            "mesh.data": 1,
+            "model.layers": 1,
+            "model.context": 128,
+            "train.length": 128,
+            "train.rows": 1,
+            "train.micro_rows": 1,
+            "train.eval_problems": 1,
+            "optimizer.steps": 1,
+            "optimizer.warmup_steps": 0,
+            "evaluation.problems": 1,
+            "sampler.rows": 1,
+        }
+    )
+    sections = {"": config, **{f"{name}.": config[name] for name in config if isinstance(config[name], ConfigDict)}}
+    run = Workdir(tmp_path / "run", config)  # before the watch: writing a config is not reading it
+    asked: set[tuple[int, str]] = set()
+    original = ConfigDict.__getitem__
+
+    def watched(self: ConfigDict, key: str) -> typing.Any:
+        asked.add((id(self), key))
+        return original(self, key)
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", watched)
+    experiment = Experiment(config)
+    sft.train(experiment, run)
+    params = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(0)).params
+    evaluate.report(experiment, params, experiment.test_set(), tmp_path, 1)
+    monkeypatch.undo()
+    unread = [
+        prefix + name for prefix, section in sections.items() for name in section if (id(section), name) not in asked
+    ]
+    assert set(unread) <= {"name"}  # the default workdir's, read by the command alone
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_field_is_named_by_the_code(name):
+    """A section passed whole reads all of its fields: this finds one that its receiver then ignores."""
+    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    fields = {dotted.split(".")[-1] for dotted in leaves(recipe(name).get_config())}
+    # The demonstrator's range goes by another name, the mesh's axes are keyword arguments.
+    elsewhere = {"data", "fsdp", "tensor"}
+    missing = {field for field in fields - elsewhere if not re.search(rf'(\.|getattr\(.*"|"){field}\b', sources)}
+    assert not missing
+
+
+def test_presets_cover_the_same_sections():
+    for table in (common.FAMILIES, common.MODELS, common.TRAINING, common.ROWS):
+        assert tuple(table) == PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_logs_and_evaluations_fall_on_the_last_step(preset):
+    """So that the last evaluation is of the final parameters without an odd interval before it."""
+    config = apr.get_config(preset)
+    assert config.optimizer.steps % config.train.eval_every == 0
+
+
+def test_the_number_limit_covers_single_numbers_of_the_small_presets():
+    for preset in ("smoke", "laptop", "desktop"):
+        config = apr.get_config(preset)
+        assert config.number_limit > max(config.problems.high, config.problems.target_high)
+    assert jnp.float32 == jnp.dtype(apr.get_config("laptop").model.dtype)

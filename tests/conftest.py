@@ -1,0 +1,93 @@
+"""What the end-to-end tests share: entry points run in this process or another, and one finished smoke run."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import jax
+import pytest
+from absl import app, flags
+from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
+
+import workdir
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What an entry point left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """An empty compilation cache for this session, so that no run of the tests leans on an earlier one."""
+    path = tmp_path_factory.mktemp("jax_cache")
+    settings = {"jax_compilation_cache_dir": str(path), "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
+        for values in (settings, before):
+            compilation_cache_module.reset_cache()  # else the directory of the first compilation stays
+            for name, value in values.items():
+                jax.config.update(name, value)
+            if values is settings:
+                yield path
+
+
+@pytest.fixture(scope="session")
+def environment(compilation_cache: pathlib.Path) -> dict[str, str]:
+    """The environment of a user's shell: the machine's own devices, not the eight that tests/__init__.py asks for."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@pytest.fixture
+def command(compilation_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs an entry point in this process: `command(sft, "--workdir=x")`. Its flags are gone afterwards."""
+
+    def run(module: types.ModuleType, *arguments: str) -> Ended:
+        app.define_help_flags()
+        before = set(flags.FLAGS)
+        out, err = io.StringIO(), io.StringIO()
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                workdir.launch(module.define_flags, module.main)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for name in set(flags.FLAGS) - before:
+                flags.FLAGS.__delattr__(name)
+            flags.FLAGS.unparse_flags()
+        if isinstance(code, str):  # as the interpreter does
+            return Ended(1, out.getvalue(), err.getvalue() + code + "\n")
+        return Ended(code or 0, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class SmokeRun:
+    """The finished `python sft.py --config=configs/apr.py:smoke` of the session."""
+
+    path: pathlib.Path  # its workdir
+    ended: Ended
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> SmokeRun:
+    """Trains the smoke preset once, as a user would."""
+    path = tmp_path_factory.mktemp("runs") / "apr-smoke"
+    arguments = [sys.executable, "sft.py", "--config=configs/apr.py:smoke", f"--workdir={path}"]
+    ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return SmokeRun(path, Ended(ended.returncode, ended.stdout, ended.stderr))

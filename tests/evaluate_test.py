@@ -1,0 +1,401 @@
+"""Evaluation: intervals, summaries, the held-out sets, problems files, and the command on one problem."""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+
+import pytest
+from ml_collections import ConfigDict
+
+import evaluate
+import parallel_runtime
+import solver
+from configs import apr
+from experiment import Experiment
+from parallel_runtime import Call, Fill, Grade, Rollout, Runtime, Stopped, Thread
+from solver import Problem
+from workdir import UsageError
+
+SMALL = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.bucket=512")  # few compilations
+
+
+def one_device(preset: str) -> ConfigDict:
+    """A preset of APR, its rows on one of the eight devices."""
+    config = apr.get_config(preset)
+    config.mesh.data = 1
+    return config
+
+
+# ------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [  # found by bisection of the score statistic, not by the formula
+        (8, 10, 0.4901625, 0.9433178),
+        (0, 16, 0.0, 0.1936077),
+        (16, 16, 0.8063923, 1.0),
+        (355, 500, 0.6687452, 0.7480526),
+        (1, 2, 0.0945312, 0.9054688),
+    ],
+)
+def test_wilson_against_known_intervals(correct, n, low, high):
+    assert evaluate.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_wilson_is_where_the_score_test_just_rejects():
+    """Wilson's ends are the shares whose score statistic is 1.96: the definition, solved backwards."""
+    low, high = evaluate.wilson(29, 40)
+    for share in (low, high):
+        assert abs(29 / 40 - share) / math.sqrt(share * (1 - share) / 40) == pytest.approx(1.959964, abs=1e-5)
+
+
+def rollout_of(correct: bool, parent: list[int], children: list[list[int]], stop: str, milliseconds: float) -> Rollout:
+    """A rollout whose threads' calls sampled so many ids after a prompt of ten; children come before the last call."""
+    calls = [Call(0 if i == 0 else 10, [2] * (10 if i == 0 else 5), [3] * n) for i, n in enumerate(parent)]
+    calls[-1].stop = stop
+    root = Thread((), calls)
+    for spawn, sizes in enumerate(children):
+        calls[spawn].stop = parallel_runtime.SPAWN
+        root.spawns.append([Thread((spawn, i), [Call(0, [2] * 10, [3] * n)]) for i, n in enumerate(sizes)])
+    return Rollout(Problem((1, 2), 3), root, Grade(correct, "" if correct else "no answer"), 0, milliseconds)
+
+
+def test_a_summary_by_hand():
+    """Two children of 30 and 50 ids between 20 and 7 of the parent; and one thread of 100 that ran out of context."""
+    first = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 40.0)
+    second = rollout_of(False, [100], [], parallel_runtime.CONTEXT, 60.0)
+    third = rollout_of(False, [3], [], parallel_runtime.MALFORMED, 20.0)
+    summary = evaluate.summarize([first, second, third], seconds=0.6)
+    assert (summary["n"], summary["correct"]) == (3, 1)
+    assert summary["accuracy"] == pytest.approx(1 / 3)
+    assert summary["interval"] == evaluate.wilson(1, 3)
+    assert summary["total_tokens"] == pytest.approx((107 + 100 + 3) / 3)
+    assert summary["sequential_tokens"] == pytest.approx((77 + 100 + 3) / 3)
+    assert summary["children"] == pytest.approx(2 / 3)
+    assert summary["longest_context"] == pytest.approx((60 + 110 + 13) / 3)
+    assert summary["truncated"] == summary["malformed"] == pytest.approx(1 / 3)
+    assert summary["milliseconds"] == pytest.approx(40)
+    assert summary["throughput_ms"] == pytest.approx(200)
+
+
+def test_the_table_names_every_figure():
+    text = evaluate.table(
+        {**evaluate.summarize([rollout_of(True, [20], [], parallel_runtime.END, 40.0)], 1.0), "demonstrator": 0.75}
+    )
+    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0"):
+        assert figure in text
+
+
+# ------------------------------------------------------------------- held-out problems
+
+
+@pytest.mark.parametrize("preset", ["smoke", "laptop"])
+def test_test_validation_and_training_problems_are_disjoint(preset):
+    experiment = Experiment(one_device(preset))
+    test, validation = (
+        {(tuple(sorted(problem.numbers)), problem.target) for problem in problems}
+        for problems in (experiment.test_set(), experiment.validation_set())
+    )
+    assert len(test) == experiment.config.evaluation.problems
+    assert len(validation) == experiment.config.train.eval_problems
+    trained = {
+        (tuple(sorted(problem.numbers)), problem.target)
+        for seed in (0, 1)
+        for problem in (experiment.demonstration("train", seed, index).problem for index in range(200))
+    }
+    assert not test & validation and not test & trained and not validation & trained
+
+
+def test_evaluation_during_training_does_not_change_the_test_set():
+    """However many problems choose the checkpoint, the final ones are the same."""
+    small, large = one_device("laptop"), one_device("laptop")
+    large.train.eval_problems = 10
+    assert Experiment(small).test_set() == Experiment(large).test_set()
+
+
+# ------------------------------------------------------------------- evaluation with a scripted model
+
+
+class Replay:
+    """An engine that knows demonstrations by heart: what was sampled after each context."""
+
+    rows, devices, context = 4, 1, 512
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.script: dict[tuple[int, ...], list[int]] = {}
+        for thread in (thread for rollout in rollouts for thread in rollout.threads()):
+            ids: list[int] = []
+            for call in thread.calls:
+                context = ids[: call.keep] + call.injected
+                self.script[tuple(context)] = call.sampled
+                ids = context + call.sampled
+        self.reset()
+
+    def reset(self) -> None:
+        self.ids: dict[int, list[int]] = {row: [] for row in range(self.rows)}
+        self.active: list[int] = []
+
+    def prefill(self, fills: list[Fill]) -> None:
+        for fill in fills:
+            self.ids[fill.row] = self.ids[fill.row][: fill.keep] + fill.ids
+            self.active.append(fill.row)
+
+    def decode(self) -> list[Stopped]:
+        row = self.active.pop()  # the last first: nothing may depend on who ends when
+        sampled = self.script[tuple(self.ids[row])]
+        self.ids[row] = self.ids[row] + sampled
+        return [Stopped(row, sampled, [0.0] * len(sampled), [0.0] * len(sampled))]
+
+
+class Scripted(Experiment):
+    """An experiment whose model repeats one demonstration of each held-out problem."""
+
+    def __init__(self) -> None:
+        super().__init__(one_device("smoke"))
+        self.rollouts = [self.demonstrate(problem, index) for index, problem in enumerate(self.test_set())]
+
+    def demonstrate(self, problem: Problem, index: int) -> Rollout:
+        trace = solver.demonstrate(problem, self.demonstrator, solver.random.Random(index))
+        return solver.record(problem, trace, self.task)
+
+    def runtime(self, params, temperature, watch=None) -> Runtime:
+        return Runtime(Replay(self.rollouts), self.task, self.limits, watch)
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Scripted:
+    """Sixteen problems, some solved, some with children."""
+    experiment = Scripted()
+    solved = [rollout.grade.correct for rollout in experiment.rollouts]
+    assert 0 < sum(solved) < len(solved)
+    assert any(rollout.root.spawns and rollout.grade.correct for rollout in experiment.rollouts)
+    return experiment
+
+
+def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
+    evaluate.report(scripted, None, scripted.test_set(), tmp_path / "new" / "place", 7)
+    (entry,) = json.loads((tmp_path / "new" / "place" / "eval.json").read_text())
+    results = entry.pop("results")
+    rollouts = scripted.rollouts
+    assert entry["correct"] == sum(rollout.grade.correct for rollout in rollouts)
+    assert entry["accuracy"] == entry["correct"] / 16
+    assert entry["children"] == sum(len(rollout.threads()) - 1 for rollout in rollouts) / 16
+    assert (entry["checkpoint"], entry["seed"], entry["method"]) == (7, 0, "apr")
+    for result, rollout in zip(results, rollouts, strict=True):
+        assert (result["numbers"], result["target"]) == (list(rollout.problem.numbers), rollout.problem.target)
+        assert (result["correct"], result["reason"]) == (rollout.grade.correct, rollout.grade.reason)
+        assert result["answer"] == list(rollout.grade.answer)
+        assert result["total_tokens"] == parallel_runtime.total_tokens(rollout.root)
+        assert result["sequential_tokens"] == parallel_runtime.sequential_tokens(rollout.root)
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == entry
+    assert "One solved problem, thread by thread" in out and "[child 0.0, call 0]" in out
+
+
+def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_path):
+    problems = scripted.test_set()[::-1]
+    evaluate.report(scripted, None, problems, tmp_path, 7)
+    (entry,) = json.loads((tmp_path / "eval.json").read_text())
+    assert [tuple(result["numbers"]) for result in entry["results"]] == [problem.numbers for problem in problems]
+    assert [result["correct"] for result in entry["results"]] == [r.grade.correct for r in scripted.rollouts[::-1]]
+
+
+def test_the_demonstrators_share_is_its_own(scripted):
+    """Measured on fresh demonstrations: close to that of a hundred others, and the same each time."""
+    problems = scripted.test_set() * 25
+    share = evaluate.demonstrators_accuracy(scripted, problems)
+    assert share == evaluate.demonstrators_accuracy(scripted, problems)
+    other = [scripted.demonstrate(problem, 1000 + index).grade.correct for index, problem in enumerate(problems)]
+    assert share == pytest.approx(sum(other) / len(other), abs=0.12)  # four standard errors of the difference
+
+
+def test_show_has_every_thread_where_it_ran(scripted):
+    rollout = next(rollout for rollout in scripted.rollouts if rollout.root.spawns)
+    text = evaluate.show(rollout, scripted.tokenizer)
+    heads = [line.split("]")[0] for line in text.splitlines() if line.startswith("[")]
+    children = [f"[child 0.{i}, call 0" for i in range(len(rollout.root.spawns[0]))]
+    assert heads[: len(children) + 2] == ["[parent, call 0", *children, "[parent, call 1"]
+    for call in (call for thread in rollout.threads() for call in thread.calls):
+        for line in scripted.tokenizer.decode(call.sampled).splitlines():
+            assert f"    {line}\n" in text
+        for line in scripted.tokenizer.decode(call.injected).splitlines():
+            assert f"  | {line}\n" in text
+
+
+def test_one_problem_is_shown_as_it_runs_then_the_verdict(scripted, capsys):
+    rollout = next(r for r in scripted.rollouts if r.root.spawns and r.grade.correct)
+    evaluate.solve_one(scripted, None, rollout.problem)
+    out = capsys.readouterr().out
+    heads = [line.split("]")[0] for line in out.splitlines() if line.startswith("[")]
+    assert heads[0] == "[parent, call 0" and heads[-1] == f"[parent, call {len(rollout.root.calls) - 1}"
+    assert sorted(heads) == sorted(
+        f"[{'child ' + '.'.join(map(str, t.path)) if t.path else 'parent'}, call {n}"
+        for t in rollout.threads()
+        for n in range(len(t.calls))
+    )
+    assert "stopped by spawn" in out
+    *_, verdict, last = out.splitlines()
+    assert verdict == f"answer: {', '.join(rollout.grade.answer)} (right)"
+    assert json.loads(last)["correct"] is True
+
+
+def test_one_problem_that_is_not_solved_says_why(scripted, capsys):
+    rollout = next(rollout for rollout in scripted.rollouts if not rollout.grade.correct)
+    evaluate.solve_one(scripted, None, rollout.problem)
+    *_, verdict, last = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("answer: none (wrong: ") and rollout.grade.reason in verdict
+    assert json.loads(last)["correct"] is False
+
+
+# ------------------------------------------------------------------- problems files
+
+
+def problems_file(path: pathlib.Path, text: str) -> str:
+    (path / "problems.json").write_text(text)
+    return str(path / "problems.json")
+
+
+BAD_ENTRIES = {
+    "wrong keys": '{"nums": [1, 2], "target": 3}',
+    "a key too many": '{"numbers": [1, 2], "target": 3, "answer": "1+2"}',
+    "a key missing": '{"numbers": [1, 2]}',
+    "no object": "[1, 2, 3]",
+    "zero": '{"numbers": [0, 2], "target": 3}',
+    "negative": '{"numbers": [-1, 2], "target": 3}',
+    "target zero": '{"numbers": [1, 2], "target": 0}',
+    "target negative": '{"numbers": [1, 2], "target": -3}',
+    "float": '{"numbers": [1.0, 2], "target": 3}',
+    "float target": '{"numbers": [1, 2], "target": 3.0}',
+    "bool": '{"numbers": [true, 2], "target": 3}',
+    "bool target": '{"numbers": [1, 2], "target": true}',
+    "string": '{"numbers": ["1", 2], "target": 3}',
+    "null": '{"numbers": [1, 2], "target": null}',
+    "nested": '{"numbers": [[1], 2], "target": 3}',
+    "numbers as text": '{"numbers": "12", "target": 3}',
+    "not a number": '{"numbers": [NaN, 2], "target": 3}',
+    "infinite": '{"numbers": [Infinity, 2], "target": 3}',
+    "one number": '{"numbers": [3], "target": 3}',
+    "no number": '{"numbers": [], "target": 3}',
+}
+
+
+@pytest.mark.parametrize("entry", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+def test_a_bad_entry_is_named(tmp_path, entry):
+    path = problems_file(tmp_path, f'[{{"numbers": [1, 2], "target": 3}}, {entry}]')
+    with pytest.raises(UsageError, match="entry 1") as caught:
+        evaluate.read_problems(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", "null", '{"numbers": [1, 2], "target": 3}'])
+def test_a_file_that_is_no_list_of_problems_says_what_it_must_hold(tmp_path, text):
+    with pytest.raises(UsageError, match='must hold a list of {"numbers"'):
+        evaluate.read_problems(problems_file(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["", "[", "[{'numbers': [1, 2], 'target': 3}]", "\x00"])
+def test_a_file_that_is_not_json_says_so(tmp_path, text):
+    with pytest.raises(UsageError, match="problems.json is not JSON"):
+        evaluate.read_problems(problems_file(tmp_path, text))
+
+
+def test_a_file_that_is_not_text_says_so(tmp_path):
+    (tmp_path / "problems.json").write_bytes(b"\xff\xfe[\xff]")
+    with pytest.raises(UsageError, match="problems.json"):
+        evaluate.read_problems(str(tmp_path / "problems.json"))
+
+
+def test_a_file_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(UsageError, match="nothing.json"):
+        evaluate.read_problems(str(tmp_path / "nothing.json"))
+
+
+def test_good_problems_are_read_in_order(tmp_path, capsys):
+    path = problems_file(tmp_path, '[{"numbers": [7, 2, 19], "target": 31}, {"target": 3, "numbers": [2, 1]}]')
+    assert evaluate.read_problems(path) == [Problem((7, 2, 19), 31), Problem((2, 1), 3)]
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------- the command
+
+
+def test_the_command_evaluates_a_problems_file(smoke_run, command: Callable, tmp_path):
+    """The second problem has no solution: it is run and counted wrong, and stderr says so."""
+    path = problems_file(tmp_path, '[{"numbers": [7, 2, 9], "target": 18}, {"numbers": [1, 1, 1], "target": 20}]')
+    before = (smoke_run.path / "eval.json").read_text()
+    output = tmp_path / "output"
+    arguments = (f"--workdir={smoke_run.path}", f"--problems={path}", f"--output={output}", *SMALL)
+    ended = command(evaluate, *arguments)
+    assert ended.status == 0, ended.err
+    assert "entry 1: 20 cannot be reached" in ended.err and "entry 0" not in ended.err
+    (entry,) = json.loads((output / "eval.json").read_text())
+    assert [(r["numbers"], r["target"]) for r in entry["results"]] == [([7, 2, 9], 18), ([1, 1, 1], 20)]
+    assert entry["n"] == 2 and entry["results"][1]["correct"] is False
+    assert (smoke_run.path / "eval.json").read_text() == before
+
+
+def test_the_command_solves_one_problem(smoke_run, command: Callable):
+    before = {path: path.stat().st_mtime_ns for path in smoke_run.path.rglob("*")}
+    ended = command(evaluate, f"--workdir={smoke_run.path}", "--numbers=7,2,9", "--target=18", *SMALL)
+    assert ended.status == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("[parent, call 0] 501 tokens, stopped by context")
+    assert lines[1:3] == ["  | Moving to Node #0", "  | Current State: 18:[7, 2, 9], Operations: []"]
+    assert lines[-2].startswith("answer: none (wrong: ")
+    assert json.loads(lines[-1])["correct"] is False
+    assert {path: path.stat().st_mtime_ns for path in smoke_run.path.rglob("*")} == before
+
+
+BAD_COMMANDS = {
+    "numbers alone": (["--numbers=1,2"], "--numbers and --target go together"),
+    "target alone": (["--target=3"], "--numbers and --target go together"),
+    "words": (["--numbers=1,two", "--target=3"], "--numbers must be whole numbers"),
+    "fraction": (["--numbers=1,2.5", "--target=3"], "--numbers must be whole numbers"),
+    "superscript": (["--numbers=1,²", "--target=3"], "--numbers must be whole numbers"),
+    "empty": (["--numbers=", "--target=3"], "number"),
+    "zero": (["--numbers=0,2", "--target=3"], "from 1 to"),
+    "negative": (["--numbers=1,-2", "--target=3"], "from 1 to"),
+    "target": (["--numbers=1,2", "--target=three"], "--target"),
+    "model": (["--config.model.width=48"], "does not fit the model"),
+    "layers": (["--config.model.layers=3"], "does not fit the model"),
+    "field": (["--config.model.widht=48"], "widht"),
+    "type": (["--config.sampler.temperature=warm"], "temperature"),
+    "temperature": (["--config.sampler.temperature=-1"], "temperature"),
+    "context": (["--config.model.context=8", "--config.train.length=8"], "context"),
+    "file": (["--problems=nothing.json"], "nothing.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_sentence(smoke_run, command: Callable, arguments, words):
+    before = {path: path.stat().st_mtime_ns for path in smoke_run.path.rglob("*")}
+    ended = command(evaluate, f"--workdir={smoke_run.path}", *SMALL, *arguments)
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert words in ended.err
+    assert {path: path.stat().st_mtime_ns for path in smoke_run.path.rglob("*")} == before
+
+
+def test_a_workdir_without_a_run_says_how_to_get_one(command: Callable, tmp_path):
+    ended = command(evaluate, f"--workdir={tmp_path / 'nothing'}")
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and "python sft.py" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_workdir_without_a_checkpoint_says_so(smoke_run, command: Callable, tmp_path):
+    (tmp_path / "config.json").write_text((smoke_run.path / "config.json").read_text())
+    ended = command(evaluate, f"--workdir={tmp_path}", *SMALL)
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and "no checkpoint" in ended.err and ended.err.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
+    smoke_run, command: Callable, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Experiment, "solve", lambda *_: pytest.fail("evaluated first"))
+    (tmp_path / "file").write_text("")
+    ended = command(evaluate, f"--workdir={smoke_run.path}", f"--output={tmp_path / 'file' / 'below'}", *SMALL)
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1

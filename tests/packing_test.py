@@ -1,0 +1,236 @@
+"""Packing, against the definition: what every sampled id was conditioned on, found by brute force in the packed rows."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+import packing
+import parallel_runtime as pr
+from packing import Packer, Segment, TokenBatch, pack_all, segments, splice
+from parallel_runtime import Call, Grade, Rollout, Thread
+
+Where = list[tuple[int, int, slice, Segment]]
+P, L, S, J, R, X = range(11, 17)
+
+
+def parent() -> Thread:
+    """The example of the module header."""
+    return Thread((), [Call(0, [P, P], [L, L, S, S], stop=pr.SPAWN), Call(4, [J, J], [R])])
+
+
+def random_thread(random_: random.Random, unique: bool = True) -> Thread:
+    """One to five calls, each rewound to anywhere in the memory of the one before; no id occurs twice."""
+    thread, fresh = Thread(()), iter(range(1, 1000))
+    for number in range(random_.randint(1, 5)):
+        keep = random_.randint(0, len(thread.ids())) if number else 0
+        injected = [next(fresh) for _ in range(random_.randint(1, 4))]
+        sampled = [next(fresh) for _ in range(random_.randint(0 if number else 1, 6))]
+        thread.calls.append(Call(keep, injected, sampled, [-id_ / 8 for id_ in sampled], pr.SPAWN))
+    return thread
+
+
+def seen(batch: TokenBatch, row: int, column: int) -> list[int]:
+    """Columns of the row that are visible from this one."""
+    return [j for j in range(column + 1) if column < batch.until[row, j]]
+
+
+def conditions(thread: Thread) -> dict[int, tuple[list[int], float]]:
+    """Every sampled id of the thread -> (what it was conditioned on, its log-probability)."""
+    told, memory = {}, []
+    for call in thread.calls:
+        memory = memory[: call.keep] + call.injected
+        for id_, logprob in zip(call.sampled, call.logprobs, strict=True):
+            told[id_] = list(memory), logprob
+            memory.append(id_)
+    return told
+
+
+def check(threads: Sequence[Thread], batches: Sequence[TokenBatch], where: Where) -> None:
+    """Every sampled id is trained exactly once, conditioned on exactly what it was sampled from; nothing else is trained."""
+    trained: collections.Counter[tuple[int, int]] = collections.Counter()
+    for number, row, span, segment in where:
+        batch, told = batches[number], conditions(segment.thread)
+        for column in np.flatnonzero(batch.sampled[row, span]) + span.start:
+            context, logprob = told[id_ := int(batch.tokens[row, column])]
+            columns = seen(batch, row, column - 1)  # it is predicted one column before
+            assert span.start <= min(columns)
+            assert batch.tokens[row, columns].tolist() == context
+            assert batch.positions[row, columns].tolist() == list(range(len(context)))
+            assert (batch.positions[row, column], batch.old_logp[row, column]) == (len(context), np.float32(logprob))
+            assert id_ in segment.thread.calls[segment.calls[column - span.start]].sampled
+            trained[id(segment.thread), id_] += 1
+    assert trained == {(id(thread), id_): 1 for thread in threads for id_ in conditions(thread)}
+    assert sum(int(batch.sampled.sum()) for batch in batches) == sum(trained.values())
+    for batch in batches:
+        np.testing.assert_array_equal(batch.weight, batch.sampled)
+        assert not batch.old_logp[~batch.sampled].any() and not batch.advantage.any() and not batch.ref_logp.any()
+
+
+def check_layout(pieces: Sequence[Segment], batches: Sequence[TokenBatch], where: Where) -> None:
+    """No segment is lost, none overlaps another, and what no segment covers is padding that nothing sees."""
+    assert collections.Counter(map(id, pieces)) == collections.Counter(id(segment) for *_, segment in where)
+    covered = [np.zeros(batch.tokens.shape, int) for batch in batches]
+    for number, row, span, segment in where:
+        assert 0 <= span.start and span.stop - span.start == len(segment) and span.stop <= covered[number].shape[1]
+        covered[number][row, span] += 1
+    for batch, count in zip(batches, covered, strict=True):
+        assert count.max() <= 1
+        assert not batch.tokens[count == 0].any() and not batch.sampled[count == 0].any()
+        for row, column in np.argwhere(count == 0):
+            assert seen(batch, row, column) == [column] and batch.positions[row, column] == 0
+            assert batch.until[row, column] == column + 1
+
+
+def test_the_example_of_the_module_header() -> None:
+    packer = Packer(1, 12)
+    assert packer.add(splice(parent())) and packer.add(splice(Thread((), [Call(0, [X], [X])])))
+    batch, where = packer.batch()
+    assert packing.__doc__
+    drawn = {name: re.search(rf"    {name} +(.*)\n", packing.__doc__) for name in ("row", "position", "until", "sampled")}
+    table = {name: line.group(1).split() for name, line in drawn.items() if line}
+    assert "".join(table["row"]) == "PPLLSSJJRXX."
+    names = {P: "P", L: "L", S: "S", J: "J", R: "R", X: "X", 0: "."}
+    assert [names[id_] for id_ in batch.tokens[0].tolist()] == table["row"]
+    assert list(map(str, batch.positions[0])) == table["position"]
+    assert [str(until) for until in batch.until[0, :9]] == table["until"][:9]
+    assert batch.until[0, 9:].tolist() == [11, 11, 12]
+    assert [str(int(sampled)) for sampled in batch.sampled[0]] == table["sampled"]
+    assert [(row, span) for row, span, _ in where] == [(0, slice(0, 9)), (0, slice(9, 11))]
+
+
+def test_a_spawn_block_is_seen_by_itself_and_by_nothing_after_the_rewind() -> None:
+    packer = Packer(1, 9)
+    packer.add(splice(parent()))
+    batch, _ = packer.batch()
+    assert seen(batch, 0, 5) == [0, 1, 2, 3, 4, 5]
+    assert seen(batch, 0, 6) == [0, 1, 2, 3, 6]
+    assert seen(batch, 0, 8) == [0, 1, 2, 3, 6, 7, 8]
+
+
+@pytest.mark.parametrize("length", [100, 18])
+def test_sampled_ids_see_exactly_what_they_were_sampled_from(length: int) -> None:
+    """Rows of 100 hold whole threads; rows of 18 only calls, so that many threads fall into pieces."""
+    random_, excess = random.Random(length), 0
+    for _ in range(20):
+        threads = [random_thread(random_) for _ in range(12)]
+        threads = [thread for thread in threads if pr.longest_context(thread) <= length]
+        pieces = [piece for thread in threads for piece in segments(thread, length)]
+        excess += len(pieces) - len(threads)
+        batches, where = pack_all(pieces, 3, length)
+        check(threads, batches, where)
+        check_layout(pieces, batches, where)
+    assert excess > 50 if length == 18 else excess == 0
+
+
+def test_a_thread_is_one_segment_if_it_fits_and_one_per_call_if_not() -> None:
+    (whole,) = segments(parent(), 9)
+    assert len(whole) == 9 and whole.calls == [-1, -1, 0, 0, 0, 0, -1, -1, 1]
+    first, second = segments(parent(), 8)
+    assert (first.tokens, first.sampled) == ([P, P, L, L, S, S], [False] * 2 + [True] * 4)
+    assert (second.tokens, second.sampled) == ([P, P, L, L, J, J, R], [False] * 6 + [True])
+    assert (first.until, second.until) == ([6] * 6, [7] * 7)
+    with pytest.raises(ValueError, match="a call of 7 ids does not fit rows of 6"):
+        segments(parent(), 6)
+
+
+def test_a_call_that_sampled_nothing_needs_no_room() -> None:
+    """A join, or a child's prompt, that fills the context ends the thread there: no id of it is to be trained on."""
+    joined = Thread((), [Call(0, [P, P], [L, S], stop=pr.SPAWN), Call(3, [J] * 9, stop=pr.CONTEXT)])
+    assert [(piece.tokens, sum(piece.sampled)) for piece in segments(joined, 8) if any(piece.sampled)] == [([P, P, L, S], 2)]
+    child = Thread((0, 0), [Call(0, [P] * 9, stop=pr.CONTEXT)])
+    assert not any(any(piece.sampled) for piece in segments(child, 8))
+
+
+def test_splice_marks_only_the_calls_it_is_told_to() -> None:
+    piece = splice(parent(), [1])
+    assert piece.sampled == [False] * 8 + [True]
+    assert piece.calls == [-1] * 8 + [1]
+    assert piece.until == splice(parent()).until
+
+
+def test_the_packer_fills_rows_first_fit() -> None:
+    def piece(length: int) -> Segment:
+        return splice(Thread((), [Call(0, [P], [L] * (length - 1))]))
+
+    packer = Packer(2, 10)
+    assert [packer.add(piece(length)) for length in (6, 6, 4, 3, 2, 1)] == [True, True, True, True, False, True]
+    _, where = packer.batch()
+    assert [(row, span.start, span.stop) for row, span, _ in where] == [(0, 0, 6), (1, 0, 6), (0, 6, 10), (1, 6, 9), (1, 9, 10)]
+    packer.clear()
+    batch, where = packer.batch()
+    assert where == [] and not batch.sampled.any() and batch.until[0].tolist() == list(range(1, 11))
+
+
+def test_the_fields_of_a_batch_have_the_types_they_say() -> None:
+    batch, _ = Packer(2, 3).batch()
+    integers, boolean = ("tokens", "positions", "until"), ("sampled",)
+    for name, field in batch._asdict().items():
+        assert field.dtype == (np.int32 if name in integers else np.bool_ if name in boolean else np.float32), name
+        assert field.shape == (2, 3)
+
+
+def test_pack_all_packs_tightly_enough() -> None:
+    pieces = [splice(Thread((), [Call(0, [P], [L] * (length - 1))])) for length in (3, 7, 5, 5, 2, 8)]
+    batches, where = pack_all(pieces, 1, 10)
+    check_layout(pieces, batches, where)
+    assert len(batches) == 3  # 30 tokens: 8 + 2, 7 + 3, 5 + 5
+    assert pack_all([], 2, 10) == ([], [])
+
+
+def test_pack_all_refuses_a_segment_that_fits_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    packers = iter(range(3))
+
+    class Bounded(Packer):
+        def __init__(self, rows: int, length: int) -> None:
+            assert next(packers, None) is not None, "it would go on for ever"
+            super().__init__(rows, length)
+
+    monkeypatch.setattr(packing, "Packer", Bounded)
+    with pytest.raises(ValueError):
+        pack_all([splice(parent())], 2, 8)
+
+
+# ------------------------------------------------------------------- cut
+
+
+def test_cut_leaves_alone_what_fits() -> None:
+    thread, before = parent(), parent()
+    packing.cut(thread, 7)  # 2 + 4 ids, then 4 + 2 + 1
+    assert thread == before
+
+
+@pytest.mark.parametrize("context, sampled", [(6, [[L, L, S, S], []]), (5, [[L, L, S]]), (3, [[L]]), (2, [[]]), (1, [[]])])
+def test_cut_ends_a_thread_at_its_context(context: int, sampled: list[list[int]]) -> None:
+    thread = parent()
+    for call in thread.calls:
+        call.logprobs = [-float(id_) for id_ in call.sampled]
+    packing.cut(thread, context)
+    assert [call.sampled for call in thread.calls] == sampled
+    assert [call.logprobs for call in thread.calls] == [[-float(id_) for id_ in ids] for ids in sampled]
+    assert thread.stop == pr.CONTEXT
+    again = copy.deepcopy(thread)
+    packing.cut(thread, context)
+    assert thread == again
+
+
+def test_cut_drops_the_children_of_calls_it_dropped() -> None:
+    """`Thread.spawns[i]` are the children of the i-th call that stopped at SPAWN, after a cut too."""
+    thread = parent()
+    thread.spawns = [[Thread((0, 0), [Call(0, [P], [L])])]]
+    packing.cut(thread, 5)
+    assert len(thread.spawns) == sum(call.stop == pr.SPAWN for call in thread.calls)
+
+
+def test_sampled_tokens_counts_what_is_trained_on() -> None:
+    thread = parent()
+    thread.spawns = [[Thread((0, 0), [Call(0, [P], [L, R])])]]
+    rollout = Rollout("problem", thread, Grade(True, ""))
+    pieces = [piece for member in rollout.threads() for piece in segments(member, 9)]
+    assert packing.sampled_tokens(rollout) == 5 + 2 == sum(sum(piece.sampled) for piece in pieces)

@@ -1,0 +1,335 @@
+"""Supervised training: what is trained on, exact resume, the loss, and the whole command."""
+
+import collections
+import itertools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import packing
+import parallel_runtime
+import sft
+import solver
+from configs import apr
+from experiment import Experiment
+from packing import TokenBatch
+from parallel_runtime import Call, Rollout
+from tokenizer import Tokenizer
+from train_state import Outputs, init_state
+from workdir import UsageError, Workdir, load_best
+
+CONTEXT = 384
+WALL_CLOCK = {"tokens_per_second", "heldout_seconds"}
+HEADLINE = {"method", "n", "correct", "accuracy", "interval", "total_tokens", "sequential_tokens", "children"}
+HEADLINE |= {"milliseconds", "seed", "checkpoint", "demonstrator"}
+
+
+def tiny_config(**changes: int | float | str) -> ConfigDict:
+    """Smoke on one device and with four numbers, so that threads join twice and overrun; `model__width=8` sets one."""
+    config = apr.get_config("smoke")
+    small = {
+        "mesh.data": 1,
+        "problems.count": 4,
+        "model.layers": 1,
+        "model.context": CONTEXT,
+        "train.length": CONTEXT,
+        "train.rows": 3,
+        "train.micro_rows": 1,
+        "train.log_every": 3,
+        "train.eval_every": 4,
+        "train.eval_problems": 4,
+        "sampler.rows": 4,
+        "sampler.bucket": CONTEXT,
+        "optimizer.steps": 9,
+        "optimizer.warmup_steps": 2,
+    }
+    config.update_from_flattened_dict({**small, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return config
+
+
+# ------------------------------------------------------------------- the command
+
+
+def test_the_command_trains_evaluates_and_ends_with_one_json_line(smoke_run):
+    assert smoke_run.ended.status == 0, smoke_run.ended.err
+    summary = json.loads(smoke_run.ended.out.splitlines()[-1])
+    assert summary.keys() >= HEADLINE
+    assert (summary["method"], summary["n"], summary["checkpoint"]) == ("apr", 16, 20)
+    assert summary["accuracy"] == summary["correct"] / 16
+    assert "Traceback" not in smoke_run.ended.err
+
+
+def test_the_command_shows_progress_in_plain_lines_off_a_terminal(smoke_run):
+    lines = [line for line in smoke_run.ended.out.splitlines() if line.startswith("step 20/20")]
+    assert len(lines) == 1
+    for word in ("loss", "token accuracy", "tokens/s", "left"):
+        assert word in lines[0]
+    assert "\r" not in smoke_run.ended.out + smoke_run.ended.err
+
+
+def test_the_command_leaves_a_complete_workdir(smoke_run):
+    config = json.loads((smoke_run.path / "config.json").read_text())
+    assert config == json.loads(apr.get_config("smoke").to_json())
+    assert list(smoke_run.path.glob("events.out.tfevents.*"))
+    assert [path.name for path in (smoke_run.path / "checkpoints").iterdir()] == ["20"]
+    assert [path.name for path in (smoke_run.path / "best").iterdir()] == ["20"]
+
+
+def test_the_log_has_every_step_once_and_the_loss_falls(smoke_run):
+    lines = [json.loads(line) for line in (smoke_run.path / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    vocabulary = Tokenizer(apr.get_config("smoke").number_limit).vocab_size
+    assert [line["step"] for line in training] == list(range(1, 21))
+    assert [line["step"] for line in lines if "heldout_accuracy" in line] == [10, 20]
+    assert training[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.02)
+    assert training[-1]["loss"] < 0.9 * training[0]["loss"]
+    assert all(line["sampled_tokens"] > 0 and 0 <= line["overlong"] <= 1 for line in training)
+
+
+def test_eval_json_describes_the_evaluation_and_every_problem_in_order(smoke_run):
+    (entry,) = json.loads((smoke_run.path / "eval.json").read_text())
+    results = entry.pop("results")
+    assert entry == json.loads(smoke_run.ended.out.splitlines()[-1])
+    expected = Experiment(tiny_config()).test_set()  # the same problems whatever the model
+    assert [(result["numbers"], result["target"]) for result in results] == [
+        (list(problem.numbers), problem.target) for problem in expected
+    ]
+    assert entry["correct"] == sum(result["correct"] for result in results)
+    for name in ("total_tokens", "sequential_tokens", "children", "truncated"):
+        assert entry[name] == pytest.approx(sum(result[name] for result in results) / 16)
+
+
+# ------------------------------------------------------------------- loss
+
+
+def test_the_loss_is_the_weighted_negative_log_likelihood():
+    logp = jnp.asarray([[0.0, -1.0, -2.0, -0.5], [0.0, -4.0, -3.0, -9.0]])
+    weight = np.asarray([[0, 0.25, 0.25, 0], [0, 0.5, 0, 0]], np.float32)
+    fields = dict.fromkeys(TokenBatch._fields, np.zeros((2, 4), np.float32))
+    batch = TokenBatch(**{**fields, "weight": weight})
+    loss, extra = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
+    np.testing.assert_allclose(loss, [[0, 0.25, 0.5, 0], [0, 2.0, 0, 0]])  # sums to 2.75
+    assert extra == {}
+
+
+def test_the_mean_over_a_batch_is_over_sampled_ids_whatever_the_rows():
+    """A model that gives every id the log-probability -7 has the loss 7, for 1 row and for 3."""
+    for rows in (1, 3):
+        batch = sft.DemonstrationStream(Experiment(tiny_config(train__rows=rows)), (0, 0)).next()
+        logp = jnp.full(batch.tokens.shape, -7.0)
+        loss, _ = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
+        assert float(loss.sum()) == pytest.approx(7.0, rel=1e-5)
+
+
+# ------------------------------------------------------------------- what is trained on
+
+
+def trained_runs(batch: TokenBatch) -> list[tuple[int, ...]]:
+    """Maximal runs of ids with weight, row by row: prompts and joined messages part the calls of all threads."""
+    runs = []
+    rows = (field.reshape(-1, field.shape[-1]) for field in (batch.tokens, batch.weight))
+    for tokens, weights in zip(*rows, strict=True):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], weights > 0, [0]])))
+        runs += [tuple(tokens[start:end].tolist()) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    return runs
+
+
+def demonstrated(config: ConfigDict, index: int) -> Rollout:
+    """Demonstration `index`, made without the stream."""
+    experiment = Experiment(config)
+    return solver.demonstration(
+        experiment.family, experiment.demonstrator, experiment.tokenizer, "train", config.seed, index
+    )
+
+
+def pieces(rollout: Rollout, length: int) -> list[list[Call]]:
+    """The calls of each segment: a thread's all in one if they fit a row side by side, else one by one."""
+    result = []
+    for thread in rollout.threads():
+        fits = sum(len(call.injected) + len(call.sampled) for call in thread.calls) <= length
+        result += [thread.calls] if fits else [[call] for call in thread.calls]
+    return result
+
+
+def calls_until(config: ConfigDict, cursor: tuple[int, int]) -> collections.Counter:
+    """What demonstrations sampled before a cursor, each call's ids counted."""
+    counted: collections.Counter = collections.Counter()
+    for index in range(cursor[0] + 1):
+        rollout = demonstrated(config, index)
+        if parallel_runtime.longest_context(rollout.root) > config.model.context:
+            if config.train.overlong == "drop":
+                continue
+            for thread in rollout.threads():
+                packing.cut(thread, config.model.context)
+        whole = index < cursor[0]
+        for calls in pieces(rollout, config.train.length)[: None if whole else cursor[1]]:
+            counted.update(tuple(call.sampled) for call in calls if call.sampled)
+    return counted
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
+    config = tiny_config(train__overlong=overlong)
+    stream = sft.DemonstrationStream(Experiment(config), (0, 0))
+    seen: collections.Counter = collections.Counter()
+    for _ in range(12):
+        seen.update(trained_runs(stream.next()))
+    assert stream.cursor[0] > 10
+    expected = calls_until(config, stream.cursor)
+    assert seen == expected, "first differences: " + str([(seen - expected, expected - seen)])[:300]
+
+
+def test_some_demonstrations_here_spawn_join_and_overrun():
+    """What the tests of this file see is worth testing."""
+    rollouts = [demonstrated(tiny_config(), index) for index in range(60)]
+    fitting = [r for r in rollouts if parallel_runtime.longest_context(r.root) <= CONTEXT]
+    assert 0 < len(fitting) < len(rollouts)
+    assert any(len(rollout.root.spawns) > 1 for rollout in fitting)
+    assert any(len(calls) < len(r.root.calls) for r in fitting for calls in pieces(r, CONTEXT)[:1])
+
+
+def test_the_weights_of_every_batch_sum_to_one():
+    stream = sft.DemonstrationStream(Experiment(tiny_config()), (0, 0))
+    for _ in range(5):
+        batch = stream.next()
+        assert batch.weight.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_array_equal(batch.weight > 0, batch.sampled)
+
+
+def test_dropped_and_cut_demonstrations_are_counted():
+    lengths = [parallel_runtime.longest_context(demonstrated(tiny_config(), i).root) for i in range(200)]
+    for overlong in ("drop", "cut"):
+        stream = sft.DemonstrationStream(Experiment(tiny_config(train__overlong=overlong)), (0, 0))
+        for _ in range(4):
+            stream.next()
+        drawn = stream.cursor[0] + 1
+        assert stream.demonstrations == drawn
+        assert stream.overlong_seen == sum(length > CONTEXT for length in lengths[:drawn]) > 0
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_a_cursor_is_all_it_takes_to_go_on(overlong):
+    experiment = Experiment(tiny_config(train__overlong=overlong))
+    stream = sft.DemonstrationStream(experiment, (0, 0))
+    batches, cursors = [], []
+    for _ in range(8):
+        cursors.append(stream.cursor)
+        batches.append(stream.next())
+    assert any(offset for _, offset in cursors), "no batch of this stream ends within a demonstration"
+    for start, cursor in enumerate(cursors):
+        resumed = sft.DemonstrationStream(experiment, cursor)
+        jax.tree.map(np.testing.assert_array_equal, resumed.next(), batches[start])
+    again = sft.DemonstrationStream(experiment, cursors[2])
+    for batch in batches[2:]:
+        jax.tree.map(np.testing.assert_array_equal, again.next(), batch)
+
+
+def test_other_seeds_give_other_demonstrations():
+    first, second = (sft.DemonstrationStream(Experiment(tiny_config(seed=seed)), (0, 0)).next() for seed in (0, 1))
+    assert (first.tokens != second.tokens).any()
+
+
+def test_an_unknown_way_with_overlong_demonstrations_is_refused():
+    with pytest.raises(ValueError, match=r"train\.overlong must be 'drop' or 'cut', not 'squeeze'"):
+        sft.DemonstrationStream(Experiment(tiny_config(train__overlong="squeeze")), (0, 0))
+
+
+# ------------------------------------------------------------------- resume
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler of the program's catches it."""
+
+
+def killed(*_: object) -> None:
+    raise Killed
+
+
+KILLS: dict[str, tuple[type, str, int]] = {  # the method that dies, and at which call
+    "step": (sft.DemonstrationStream, "next", 8),  # seven steps done
+    "save": (Workdir, "save", 2),  # the best of step 8 is on disk, the state of step 8 is not
+    "first": (sft.DemonstrationStream, "next", 4),  # a line in the log, no checkpoint yet
+}
+
+
+def train_until_killed(experiment: Experiment, workdir: Workdir, owner: type, name: str, call: int) -> None:
+    """Trains until call number `call` of a method, which dies instead."""
+    original, calls = getattr(owner, name), itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, lambda *given: killed() if next(calls) == call else original(*given))
+        with pytest.raises(Killed):
+            sft.train(experiment, workdir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, compilation_cache) -> dict[str, pathlib.Path]:
+    """An uninterrupted run of 9 steps, and others killed here and there and resumed; checkpoints at 4, 8 and 9."""
+    root, config = tmp_path_factory.mktemp("resume"), tiny_config()
+    first, second = Experiment(config), Experiment(config)  # two processes
+    sft.train(first, Workdir(root / "whole", config))
+    for name, kill in KILLS.items():
+        train_until_killed(first, Workdir(root / name, config), *kill)
+        sft.train(second, Workdir(root / name, config))
+    return {path.name: path for path in root.iterdir()}
+
+
+def final(path: pathlib.Path) -> tuple:
+    """The last state of a run and what is saved with it."""
+    experiment = Experiment(tiny_config())
+    like = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(1))
+    restored = Workdir(path, tiny_config()).restore(like)
+    assert restored is not None
+    return restored
+
+
+KILLED = pytest.mark.parametrize("name", KILLS)
+
+
+@KILLED
+def test_a_killed_run_resumes_to_the_same_bits(runs, name):
+    (state, extra), (expected, expected_extra) = final(runs[name]), final(runs["whole"])
+    assert int(state.step) == 9
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert extra["cursor"] == expected_extra["cursor"]
+    assert extra["best"] == expected_extra["best"]
+
+
+@KILLED
+def test_a_killed_run_resumes_to_the_same_log(runs, name):
+    def log(path: pathlib.Path) -> list[dict]:
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
+
+    assert {3, 6, 9} <= {line["step"] for line in log(runs["whole"]) if "loss" in line}
+    assert log(runs[name]) == log(runs["whole"])
+
+
+@KILLED
+def test_a_killed_run_keeps_the_same_best_parameters(runs, name):
+    shapes = Experiment(tiny_config()).param_shapes()
+    (params, result), (expected, expected_result) = load_best(runs[name], shapes), load_best(runs["whole"], shapes)
+    assert result == expected_result
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_finished_run_is_not_trained_on(runs, monkeypatch):
+    monkeypatch.setattr(sft.DemonstrationStream, "next", killed)
+    before = (runs["whole"] / "metrics.jsonl").read_text()
+    sft.train(Experiment(tiny_config()), Workdir(runs["whole"], tiny_config()))
+    assert (runs["whole"] / "metrics.jsonl").read_text() == before
+
+
+def test_training_stops_at_the_first_loss_that_is_no_number(tmp_path, monkeypatch):
+    """Nothing of it reaches a checkpoint, not even between two lines of the log."""
+    config = tiny_config(train__log_every=8, optimizer__warmup_steps=0)
+    monkeypatch.setattr(sft, "sft_loss", lambda out, batch: (batch.weight * jnp.nan, {}))
+    monkeypatch.setattr(sft, "_validate", lambda *_: None)
+    with pytest.raises(UsageError, match=r"nan at step \d.*learning_rate"):
+        sft.train(Experiment(config), Workdir(tmp_path / "run", config))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))

@@ -1,0 +1,308 @@
+"""Runs on disk: what a workdir refuses and keeps, and bad commands, each one sentence before anything is written."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import sft
+import workdir
+from workdir import Progress, UsageError, Workdir
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMOKE = ("--config=configs/apr.py:smoke", "--config.mesh.data=1")
+
+
+def config(**values: object) -> ConfigDict:
+    return ConfigDict({"seed": 0, "model": {"width": 8, "depth": 2}, **values})
+
+
+def tree(value: float) -> dict[str, jax.Array]:
+    return {"w": jnp.full((2, 3), float(value)), "n": jnp.int32(value)}
+
+
+def contents(path: pathlib.Path) -> dict[str, bytes]:
+    """Every file below a path."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+# ------------------------------------------------------------------- the directory
+
+
+def test_a_new_workdir_holds_its_config(tmp_path):
+    Workdir(tmp_path / "a" / "b", config())
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == json.loads(config().to_json())
+    assert workdir.read_config(tmp_path / "a" / "b")["model"] == {"width": 8, "depth": 2}
+
+
+def test_the_same_config_reopens_it(tmp_path):
+    Workdir(tmp_path / "run", config()).log(3, {"loss": 1.5})
+    Workdir(tmp_path / "run", config()).log(4, {"loss": 1.25})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 3, "loss": 1.5}, {"step": 4, "loss": 1.25}]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (config(seed=1), ["seed=0 there, 1 here"]),
+        (config(model={"width": 16, "depth": 3}), ["model.width=8 there, 16 here", "model.depth=2 there, 3 here"]),
+        (config(extra=True), ["extra"]),
+    ],
+)
+def test_another_config_is_refused_and_nothing_changes(tmp_path, other, words):
+    Workdir(tmp_path / "run", config()).log(3, {"loss": 1.5})
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="another configuration.*choose another --workdir") as caught:
+        Workdir(tmp_path / "run", other)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    with pytest.raises(UsageError, match="is not empty and holds no run: choose another --workdir"):
+        Workdir(tmp_path, config())
+    assert contents(tmp_path) == {"thesis.tex": b"do not lose me"}
+
+
+def test_an_empty_directory_is_taken(tmp_path):
+    Workdir(tmp_path, config())
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UsageError, match="file.*choose another --workdir"):
+            Workdir(path, config())
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
+    """`os.access` is asked, not the file system: the tests may run as root, whom nothing stops."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UsageError, match="cannot be written: choose another --workdir"):
+        Workdir(tmp_path / "run", config())
+    assert not contents(tmp_path)
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0, ')
+    with pytest.raises(UsageError, match="config.json"):
+        Workdir(tmp_path, config())
+    with pytest.raises(UsageError, match="config.json"):
+        workdir.read_config(tmp_path)
+
+
+def test_reading_a_config_that_is_not_there_names_the_command(tmp_path):
+    with pytest.raises(UsageError, match=r"no config\.json.*python sft\.py --workdir="):
+        workdir.read_config(tmp_path)
+
+
+# ------------------------------------------------------------------- checkpoints
+
+
+def test_a_state_comes_back_with_its_extra_data(tmp_path):
+    assert Workdir(tmp_path, config()).restore(tree(0)) is None
+    Workdir(tmp_path, config()).save(5, tree(1 / 3), {"cursor": [3, 1], "best": 0.1})
+    restored = Workdir(tmp_path, config()).restore(tree(0))
+    assert restored is not None
+    jax.tree.map(np.testing.assert_array_equal, restored[0], tree(1 / 3))
+    assert restored[1] == {"cursor": [3, 1], "best": 0.1}
+
+
+def test_the_latest_state_replaces_the_one_before(tmp_path):
+    run = Workdir(tmp_path, config())
+    for step in (5, 10, 15):
+        run.save(step, tree(step), {})
+    restored = Workdir(tmp_path, config()).restore(tree(0))
+    assert restored is not None and int(restored[0]["n"]) == 15
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["15"]
+
+
+def test_restoring_drops_the_log_after_the_checkpoint(tmp_path):
+    run = Workdir(tmp_path, config())
+    for step in (1, 2, 2, 3):
+        run.log(step, {"loss": step})
+    run.save(2, tree(2), {})
+    Workdir(tmp_path, config()).restore(tree(0))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+def test_a_line_that_a_kill_cut_short_does_not_stop_the_resume(tmp_path):
+    run = Workdir(tmp_path, config())
+    run.log(1, {"loss": 1})
+    run.save(1, tree(1), {})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert Workdir(tmp_path, config()).restore(tree(0)) is not None
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_best_parameters_come_back_with_what_they_reached(tmp_path):
+    run = Workdir(tmp_path, config())
+    for step, accuracy in ((5, 0.25), (10, 0.5), (10, 0.5)):  # the second 10 is a resumed run's
+        run.save_best(step, tree(step), {"validation_accuracy": accuracy})
+    params, result = workdir.load_best(tmp_path, tree(0))
+    jax.tree.map(np.testing.assert_array_equal, params, tree(10))
+    assert result == {"validation_accuracy": 0.5, "step": 10}
+
+
+def test_no_best_parameters_yet(tmp_path):
+    Workdir(tmp_path, config())
+    with pytest.raises(UsageError, match="holds no checkpoint yet: let its training reach"):
+        workdir.load_best(tmp_path, tree(0))
+
+
+@pytest.mark.parametrize(
+    ("like", "words"),
+    [
+        ({"w": jnp.zeros((2, 4)), "n": jnp.int32(0)}, ["w=[2, 3] there, [2, 4] here"]),
+        ({"w": jnp.zeros((2, 3))}, ["n="]),
+        ({"w": jnp.zeros((2, 3)), "n": jnp.int32(0), "more": jnp.zeros(1)}, ["more"]),
+    ],
+)
+def test_parameters_of_another_model_are_refused(tmp_path, like, words):
+    Workdir(tmp_path, config()).save_best(5, tree(5), {})
+    with pytest.raises(UsageError, match="does not fit the model.*use its own config") as caught:
+        workdir.load_best(tmp_path, like)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_result_file_is_written_whole_or_not_at_all(tmp_path):
+    run = Workdir(tmp_path, config())
+    run.write_json("eval.json", {"n": 1})
+    with pytest.raises(TypeError):
+        run.write_json("eval.json", {"n": object()})
+    assert json.loads((tmp_path / "eval.json").read_text()) == {"n": 1}
+
+
+# ------------------------------------------------------------------- progress
+
+
+def test_progress_off_a_terminal_is_plain_lines(capsys):
+    progress = Progress(total=10, start=4, unit="step")
+    progress.update(5)
+    progress.update(6, "loss 1.0")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out.startswith("step 6/10  loss 1.0  ") and out.endswith("min left\n") and out.count("\n") == 1
+    assert err == ""
+
+
+# ------------------------------------------------------------------- bad commands
+
+
+BAD_COMMANDS = {
+    "unknown field": (["--config.model.widht=3"], ["model.widht", "width"]),
+    "unknown section": (["--config.modle.width=3"], ["modle"]),
+    "unknown flag": (["--wrokdir=x"], ["wrokdir"]),
+    "wrong type": (["--config.model.width=wide"], ["config.model.width", "wide"]),
+    "fraction for a count": (["--config.optimizer.steps=1.5"], ["config.optimizer.steps", "1.5"]),
+    "unknown preset": (["--config=configs/apr.py:huge"], ["unknown preset 'huge'", "smoke", "paper"]),
+    "unknown recipe": (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+    "positional argument": (["configs/apr.py"], ["unexpected argument 'configs/apr.py'", "--name=value"]),
+    "empty range": (["--config.problems.low=9", "--config.problems.high=1"], ["range of numbers"]),
+    "no solvable problem": (
+        ["--config.problems.high=2", "--config.problems.target_low=500", "--config.problems.target_high=600"],
+        ["0 held-out problems", "widen"],
+    ),
+    "too few held-out problems": (["--config.evaluation.problems=100000"], ["held-out"]),
+    "no held-out problems": (["--config.evaluation.problems=0"], ["evaluation.problems"]),
+    "no validation problems": (["--config.train.eval_problems=0"], ["train.eval_problems"]),
+    "context too small for a prompt": (
+        ["--config.model.context=8", "--config.train.length=8"],
+        ["context", "prompt"],
+    ),
+    "context too small for any demonstration": (
+        ["--config.model.context=24", "--config.train.length=24"],
+        ["model.context", "demonstration"],
+    ),
+    "rows shorter than the context": (["--config.train.length=256"], ["train.length=256", "model.context=512"]),
+    "no rows": (["--config.train.rows=0"], ["train.rows"]),
+    "no micro-batch": (["--config.train.micro_rows=0"], ["train.micro_rows"]),
+    "micro-batches that leave rows over": (["--config.train.micro_rows=3"], ["train.micro_rows=3", "train.rows=4"]),
+    "steps within the warm-up": (["--config.optimizer.steps=5"], ["optimizer.steps=5", "warmup_steps=5"]),
+    "no learning": (["--config.optimizer.learning_rate=0.0"], ["learning_rate"]),
+    "unknown treatment": (["--config.train.overlong=squeeze"], ["train.overlong", "squeeze", "drop"]),
+    "never evaluated": (["--config.train.eval_every=0"], ["train.eval_every"]),
+    "never logged": (["--config.train.log_every=0"], ["train.log_every"]),
+    "mesh larger than the machine": (["--config.mesh.data=16"], ["mesh", "16", "8 devices"]),
+    "mesh of none": (["--config.mesh.fsdp=0"], ["mesh", "fsdp"]),
+    "mesh that leaves devices over": (
+        ["--config.mesh.data=-1", "--config.mesh.fsdp=3", "--config.train.rows=6", "--config.train.micro_rows=6"],
+        ["mesh", "3", "8 devices"],
+    ),
+    "train rows against devices": (
+        ["--config.mesh.data=8", "--config.train.rows=4"],
+        ["train.micro_rows=2", "multiple", "8 devices"],
+    ),
+    "sampler rows against devices": (
+        ["--config.mesh.data=8", "--config.train.rows=8", "--config.train.micro_rows=8", "--config.sampler.rows=12"],
+        ["sampler.rows=12", "multiple", "8"],
+    ),
+    "heads against mesh": (
+        ["--config.mesh.tensor=4"],
+        ["mesh", "tensor", "4"],
+    ),
+    "temperature": (["--config.sampler.temperature=-1.0"], ["sampler.temperature"]),
+    "top_k": (["--config.sampler.top_k=100000"], ["sampler.top_k"]),
+    "heads": (["--config.model.heads=3"], ["model.heads", "multiple"]),
+    "dtype": (["--config.model.dtype=float8"], ["model.dtype", "float32"]),
+    "method": (["--config.demonstrator.method=magic"], ["magic", "apr"]),
+    "limits": (["--config.limits.thread_tokens=0"], ["thread_tokens"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_sentence_before_anything_is_written(
+    command: Callable, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.setattr(sft, "train", lambda *_: pytest.fail("training began"))
+    ended = command(sft, *SMOKE, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert not [word for word in words if word not in ended.err], ended.err
+    assert "\\" not in ended.err  # no repr of a message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_with_another_run_is_left_as_it_is(smoke_run, command: Callable):
+    before = contents(smoke_run.path)
+    ended = command(sft, *SMOKE, f"--workdir={smoke_run.path}", "--config.seed=1")
+    assert ended.status == 2, ended
+    assert "seed=0 there, 1 here" in ended.err and "--workdir" in ended.err and ended.err.count("\n") == 1
+    assert contents(smoke_run.path) == before
+
+
+def test_a_workdir_with_other_files_is_left_as_it_is(command: Callable, tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    ended = command(sft, *SMOKE, f"--workdir={tmp_path}")
+    assert ended.status == 2, ended
+    assert "not empty" in ended.err and ended.err.count("\n") == 1
+    assert contents(tmp_path) == {"thesis.tex": b"do not lose me"}
+
+
+def test_a_workdir_that_cannot_be_made_is_said(command: Callable, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = command(sft, *SMOKE, f"--workdir={tmp_path / 'file' / 'run'}")
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and "--workdir" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_bad_command_in_a_process_of_its_own(environment, tmp_path):
+    """The same as above, with the interpreter's own exit status and nothing else on stderr."""
+    arguments = [sys.executable, "sft.py", "--config=configs/apr.py:huge", f"--workdir={tmp_path / 'run'}"]
+    ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stdout == "" and not (tmp_path / "run").exists()
