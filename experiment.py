@@ -17,7 +17,7 @@ import solver
 from model import Decoder, ModelConfig
 from parallel_runtime import Limits, Request, Rollout, Runtime, Thread
 from sampler import Sampler, SamplerConfig
-from solver import Countdown, DemonstratorConfig, Problem, ProblemRange
+from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, Split
 from tokenizer import Tokenizer
 from train_state import OptimizerConfig, init_params, make_mesh, make_optimizer
 
@@ -63,11 +63,11 @@ class Experiment:
         """Number of parameters, embedding included."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes()))
 
-    def problem(self, split: str, seed: int, index: int) -> Problem:
+    def problem(self, split: Split, seed: int, index: int) -> Problem:
         """Problem number `index` of a run."""
         return solver.problem(self.family, split, seed, index)
 
-    def demonstration(self, split: str, seed: int, index: int) -> Rollout:
+    def demonstration(self, split: Split, seed: int, index: int) -> Rollout:
         """Demonstration number `index` of a run."""
         return solver.demonstration(self.family, self.demonstrator, self.tokenizer, split, seed, index)
 

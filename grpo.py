@@ -37,7 +37,6 @@ from jax import Array
 from ml_collections import ConfigDict, config_flags
 
 import parallel_runtime
-import solver
 from evaluate import PRETRAINED, report, wilson
 from experiment import Experiment
 from packing import Segment, TokenBatch, pack_all, segments
@@ -329,7 +328,8 @@ def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra
         extra["step"],
         {"heldout_accuracy": accuracy, "heldout_low": low, "heldout_high": high, "heldout_children": children},
     )
-    print(f"step {extra['step']}: held-out accuracy {accuracy:.3f} ({low:.3f}-{high:.3f}), {children:.1f} children", flush=True)
+    text = f"held-out accuracy {accuracy:.3f} ({low:.3f}-{high:.3f}) with {children:.1f} children"
+    print(f"step {extra['step']}: {text}", flush=True)
     if accuracy > extra["best"]:
         extra["best"] = accuracy
         workdir.save_best(extra["step"], state.params, {"validation_accuracy": accuracy})
@@ -372,7 +372,8 @@ def main(_: list[str]) -> None:
         experiment.validation_set()
     params, result = load_best(start, experiment.param_shapes())
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
-    print(f"{config.name}: from {start} (step {result['step']}), {config.grpo.steps} steps, in {workdir.path}", flush=True)
+    origin = f"{start} (step {result['step']})"
+    print(f"{config.name}: from {origin}, {config.grpo.steps} steps, in {workdir.path}", flush=True)
     train(experiment, workdir, params)
     best, result = load_best(workdir.path, experiment.param_shapes())
     report(experiment, best, experiment.test_set(), workdir.path, result["step"])

@@ -19,7 +19,8 @@ the backward pass computes the probabilities again from q, k and the log-sum-exp
 On a CPU the caller does well to feed a few rows at a time (micro-batches of some
 2,000 tokens: activations stay in the cache and the allocator is left in peace).
 
-Deviations from the paper: none; this is Llama. Try it: `python benchmarks/train.py`.
+Deviations from the paper: Llama, but for its initial weights: embeddings enter at
+unit size and the residual branches start small. Try it: `python benchmarks/train.py`.
 
 Dimension key, used as name suffixes:
   R rows         T tokens of a row     S slots of a past part    L layers
@@ -214,9 +215,14 @@ class RMSNorm(nn.Module):
 
 
 def _kernel(module: Attention | SwiGLU, name: str, shape: tuple[int, ...], inputs: int = 1) -> Array:
-    """A weight whose first `inputs` axes are contracted (they set its initial scale), in the compute dtype."""
+    """A weight whose first `inputs` axes are contracted, in the compute dtype.
+
+    Its initial variance is 1 / inputs; what the 2 L branches add to the residual stream is scaled down so
+    that they add up to about the embedding's own size (GPT-2's rule).
+    """
     axes = range(len(shape))
-    init = nn.initializers.lecun_normal(in_axis=axes[:inputs], out_axis=axes[inputs:])
+    scale = 1 / (2 * module.config.layers) if name in ("out", "down") else 1.0
+    init = nn.initializers.variance_scaling(scale, "fan_in", "normal", in_axis=axes[:inputs], out_axis=axes[inputs:])
     return module.param(name, init, shape).astype(module.config.dtype)
 
 
@@ -276,9 +282,10 @@ class Decoder(nn.Module):
         c = self.config
         if tokens_RT.shape[1] > c.context:
             raise ValueError(f"rows of {tokens_RT.shape[1]} tokens do not fit model.context = {c.context}")
-        embedding_VD = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width))
+        embedding_VD = self.param("embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width))
         table = rotary_table(positions_RT, c.head_width, c.rope_theta)
-        x_RTD = embedding_VD[tokens_RT].astype(c.dtype)
+        # Unit-size inputs and, tied, unit-size logits: at 0.02 the branches drown the token (LOG.md has the curves).
+        x_RTD = (embedding_VD[tokens_RT] * c.width**0.5).astype(c.dtype)
         ks, vs = [], []
         for layer in range(c.layers):
             parts = [(p.k[layer], p.v[layer], p.visible[:, None, :]) for p in past]

@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
-from parallel_runtime import Call, Rollout, Thread
+from parallel_runtime import CONTEXT, SPAWN, Call, Thread
+
+Field = typing.Any  # an np.ndarray here, a jax.Array inside a jitted step
 
 
 class TokenBatch(typing.NamedTuple):
@@ -42,15 +44,15 @@ class TokenBatch(typing.NamedTuple):
     packing, padding, micro-batching or device count can change the loss.
     """
 
-    tokens: np.ndarray  # int32
-    positions: np.ndarray  # int32
-    until: np.ndarray  # int32
-    sampled: np.ndarray  # bool: the id was sampled, not injected
-    weight: np.ndarray  # float32
-    kl_weight: np.ndarray  # float32, the same for the penalty towards the reference (GRPO)
-    advantage: np.ndarray  # float32, of the token's rollout (GRPO)
-    old_logp: np.ndarray  # float32, under the policy that sampled it (GRPO; the sampler's own until replaced)
-    ref_logp: np.ndarray  # float32, under the reference policy (GRPO)
+    tokens: Field  # int32
+    positions: Field  # int32
+    until: Field  # int32
+    sampled: Field  # bool: the id was sampled, not injected
+    weight: Field  # float32
+    kl_weight: Field  # float32, the same for the penalty towards the reference (GRPO)
+    advantage: Field  # float32, of the token's rollout (GRPO)
+    old_logp: Field  # float32, under the policy that sampled it (GRPO; the sampler's own until replaced)
+    ref_logp: Field  # float32, under the reference policy (GRPO)
 
 
 @dataclasses.dataclass
@@ -69,28 +71,28 @@ class Segment:
         return len(self.tokens)
 
 
-def splice(thread: Thread, calls: Sequence[int] | None = None) -> Segment:
-    """The thread as one segment in which the sampled ids of `calls` (default: all) are marked as sampled."""
+def splice(thread: Thread) -> Segment:
+    """The thread as one segment, all its calls in the order of time."""
     segment = Segment([], [], [], [], [], thread, [])
     memory: list[int] = []  # where in the segment the ids in the thread's memory are
     for number, call in enumerate(thread.calls):
         for gone in memory[call.keep :]:
             segment.until[gone] = len(segment)
         memory = memory[: call.keep]
-        marked = calls is None or number in calls
-        _append(segment, memory, call.injected, None, -1)
-        _append(segment, memory, call.sampled, call.logprobs or [0.0] * len(call.sampled), number if marked else -1)
+        _append(segment, memory, call.injected, [], -1)
+        _append(segment, memory, call.sampled, call.logprobs, number)
     segment.until = [until or len(segment) for until in segment.until]
     return segment
 
 
-def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[float] | None, call: int) -> None:
+def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[float], call: int) -> None:
+    """Adds ids to a segment and to the thread's memory; demonstrations and injected ids have no log-probs."""
     start, count = len(segment), len(ids)
     segment.tokens += ids
     segment.positions += range(len(memory), len(memory) + count)
     segment.until += [0] * count  # 0: not known to end yet
     segment.sampled += [call >= 0] * count
-    segment.logprobs += logprobs if logprobs and call >= 0 else [0.0] * count
+    segment.logprobs += logprobs or [0.0] * count
     segment.calls += [call] * count
     memory += range(start, start + count)
 
@@ -98,13 +100,18 @@ def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[
 def segments(thread: Thread, length: int) -> list[Segment]:
     """The thread in segments of at most `length` tokens: spliced if it fits, else one per call.
 
+    Calls that sampled nothing, for want of room, are left out where nothing follows them.
     Raises ValueError if a call alone is longer than `length`.
     """
-    if sum(len(call.injected) + len(call.sampled) for call in thread.calls) <= length:
-        return [splice(thread)]
+    calls = [number for number, call in enumerate(thread.calls) if call.sampled]
+    if not calls:
+        return []
+    whole = Thread(thread.path, thread.calls[: calls[-1] + 1])
+    if sum(len(call.injected) + len(call.sampled) for call in whole.calls) <= length:
+        return [dataclasses.replace(splice(whole), thread=thread)]
     pieces = []
-    for number in range(len(thread.calls)):
-        piece = splice(_last_call_alone(thread, number), [0])
+    for number in calls:
+        piece = splice(_call_alone(thread, number))
         if len(piece) > length:
             raise ValueError(f"a call of {len(piece)} ids does not fit rows of {length}: use longer rows")
         piece.thread, piece.calls = thread, [number if call == 0 else -1 for call in piece.calls]
@@ -112,7 +119,7 @@ def segments(thread: Thread, length: int) -> list[Segment]:
     return pieces
 
 
-def _last_call_alone(thread: Thread, number: int) -> Thread:
+def _call_alone(thread: Thread, number: int) -> Thread:
     """The thread's call `number` as if it were a first call: all its context is injected."""
     before = Thread(thread.path, thread.calls[:number]).ids()
     call = thread.calls[number]
@@ -166,10 +173,14 @@ def pack_all(
 ) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
     """Packs every segment, longest first, into as many batches of `rows` x `length` as it takes.
 
-    Returns the batches and, per segment, (batch, row, columns, segment).
+    Returns the batches and, per segment, (batch, row, columns, segment). Raises ValueError if a segment is
+    longer than a row.
     """
     waiting = sorted(pieces, key=len, reverse=True)
-    batches, where = [], []
+    if waiting and len(waiting[0]) > length:
+        raise ValueError(f"a segment of {len(waiting[0])} tokens does not fit rows of {length}")
+    batches: list[TokenBatch] = []
+    where: list[tuple[int, int, slice, Segment]] = []
     while waiting:
         packer = Packer(rows, length)
         waiting = [piece for piece in waiting if not packer.add(piece)]
@@ -185,11 +196,7 @@ def cut(thread: Thread, context: int) -> None:
         room = context - call.keep - len(call.injected)
         if len(call.sampled) > room:
             call.sampled, call.logprobs = call.sampled[: max(room, 0)], call.logprobs[: max(room, 0)]
-            call.stop = "context"
+            call.stop = CONTEXT
             del thread.calls[number + 1 :]
+            del thread.spawns[sum(call.stop == SPAWN for call in thread.calls) :]
             return
-
-
-def sampled_tokens(rollout: Rollout) -> int:
-    """Ids of the rollout that are trained on."""
-    return sum(len(call.sampled) for thread in rollout.threads() for call in thread.calls)

@@ -432,8 +432,6 @@ class Runtime:
             self._spawn(live)
         else:
             self._end(live, reason)
-        if self.watch:
-            self.watch(live.thread)
 
     def _spawn(self, live: _Live) -> None:
         """Starts the children a thread asked for, or ends it with the bound or fault that forbids them."""
@@ -450,6 +448,8 @@ class Runtime:
         if len(spawn.prompts) > limits.children:
             return self._end(live, CHILDREN)
         thread.calls[-1].stop = SPAWN
+        if self.watch:
+            self.watch(thread)
         live.rewind, live.pending = spawn.start, len(spawn.prompts)
         allowance = (live.allowance - total_tokens(thread)) // len(spawn.prompts)
         live.children = [
@@ -462,6 +462,8 @@ class Runtime:
     def _end(self, live: _Live, reason: str) -> None:
         """Ends a thread; its row is free, and its parent goes on if it was the last child."""
         live.thread.calls[-1].stop = reason
+        if self.watch:
+            self.watch(live.thread)
         if live.row is not None:
             self._rows[live.row] = None
         if live.parent is None:

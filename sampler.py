@@ -38,6 +38,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 import typing
 from collections.abc import Sequence
@@ -350,6 +351,23 @@ class Sampler:
         self._state = [_Row() for _ in range(self.rows)]
         self._row = self._state.__getitem__
 
+    def warmup(self) -> None:
+        """Compiles the device functions for every combination of buckets; otherwise each compiles when first used."""
+        for slots, size in itertools.product(self.slot_buckets, self.row_buckets):
+            self._run_decode(self._layout([], size, len(DECODE_COLUMNS))[0], slots)
+        sizes = [size for size in PREFILL_ROWS if size <= self.per_device]
+        for slots, size, length in itertools.product(self.prefill_slots, sizes, PREFILL_LENGTHS):
+            rows, _ = self._layout([], size, len(PREFILL_COLUMNS))
+            self._run_prefill(rows, np.zeros((len(rows), length), np.int32), slots)
+
+    def _run_prefill(self, rows: np.ndarray, ids: np.ndarray, slots: int) -> None:
+        self._history = self._prefill(self._params, self._history, *self._put(rows, ids), slots=slots)
+        jax.block_until_ready(self._history)
+
+    def _run_decode(self, rows: np.ndarray, slots: int) -> list[np.ndarray]:
+        self._history, drawn = self._decode(self._params, self._history, *self._put(rows), slots=slots)
+        return jax.device_get(drawn)
+
     def prefill(self, fills: list[Fill]) -> None:
         """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
 
@@ -406,8 +424,7 @@ class Sampler:
             row.cached += len(chunk)
             self.counters["prefill_tokens"] += len(chunk)
         begin = time.perf_counter()
-        self._history = self._prefill(self._params, self._history, *self._put(rows, ids), slots=slots)
-        jax.block_until_ready(self._history)
+        self._run_prefill(rows, ids, slots)
         self.counters["prefill_calls"] += 1
         self.counters["prefill_seconds"] += time.perf_counter() - begin
 
@@ -447,8 +464,7 @@ class Sampler:
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
         slots = _fit(self.slot_buckets, max(self._row(number).cached for number in active))
         called = time.perf_counter()
-        self._history, outputs = self._decode(self._params, self._history, self._put(rows)[0], slots=slots)
-        count, *outputs = jax.device_get(outputs)
+        count, *outputs = self._run_decode(rows, slots)
         returned = time.perf_counter()
         for place, number in order:
             self._book(number, count[place], *(x[place] for x in outputs))
@@ -475,8 +491,8 @@ def _fit(buckets: Sequence[int], needed: int) -> int:
 
 
 def _doubling(last: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and last."""
-    return (*(1 << i for i in range((last - 1).bit_length())), last)
+    """1, 4, 8, 16, ... and last: a step of two rows costs what one of four does."""
+    return (*(1 << i for i in range((last - 1).bit_length()) if i != 1), last)
 
 
 def _two_bits(unit: int, last: int) -> tuple[int, ...]:

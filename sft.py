@@ -34,6 +34,7 @@ from parallel_runtime import longest_context
 from train_state import Outputs, TrainState, init_state, make_train_step, split
 from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
 
+
 def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     """Negative log-likelihood of the sampled ids, [R, T]; `batch.weight` is 1 / (sampled ids of the whole batch)."""
     return -batch.weight * out.logp, {}
@@ -103,8 +104,8 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         progress.update(step)
         if step % config.train.log_every == 0 or step == total:
             values = _log(workdir, step, pending, clock, stream)
-            text = f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
-            progress.update(step, text)
+            rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+            progress.update(step, f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {rate}")
             extra["seconds"] += time.monotonic() - clock
             clock, pending = time.monotonic(), []
         if step % config.train.eval_every == 0 or step == total:
@@ -115,10 +116,11 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
 
 
 def _log(workdir: Workdir, step: int, pending: list[dict], since: float, stream: DemonstrationStream) -> dict:
-    """Writes the means of the steps since the last log line, at the time `since`. Raises UsageError at the first non-finite loss."""
+    """Writes the means of the steps since the time `since`. Raises UsageError at the first non-finite loss."""
     fetched = jax.device_get(pending)  # waits for the device
     seconds = time.monotonic() - since
-    values = {name: sum(m[name] for m in fetched) / len(fetched) for name in ("loss", "accuracy", "entropy", "grad_norm")}
+    names = ("loss", "accuracy", "entropy", "grad_norm")
+    values = {name: sum(m[name] for m in fetched) / len(fetched) for name in names}
     if not values["loss"] < float("inf"):
         raise UsageError(f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate")
     config = stream.experiment.config
@@ -150,8 +152,8 @@ def main(_: list[str]) -> None:
         experiment = Experiment(config)
         experiment.validation_set()
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
-    parameters = experiment.parameter_count()
-    print(f"{config.name}: {parameters / 1e6:.2f}M parameters, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
+    size = f"{experiment.parameter_count() / 1e6:.2f}M parameters"
+    print(f"{config.name}: {size}, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
     train(experiment, workdir)
     params, result = load_best(workdir.path, experiment.param_shapes())
     report(experiment, params, experiment.test_set(), workdir.path, result["step"])

@@ -40,7 +40,7 @@ class TrainState(typing.NamedTuple):
 
     params: typing.Any
     opt_state: typing.Any
-    step: Array  # int32 scalar: updates taken
+    step: typing.Any  # int32 scalar: updates taken
 
 
 class Outputs(typing.NamedTuple):
@@ -93,7 +93,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """Mesh over ("data", "fsdp", "tensor"); data = -1 takes the devices the others leave. ValueError if they do not fit."""
+    """Mesh over ("data", "fsdp", "tensor"); data = -1 takes what the others leave. ValueError if too large."""
     count = jax.device_count()
     if data == -1:
         data = count // (fsdp * tensor)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -156,8 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Interleaved steps of every contender; tokens per second, CPU seconds per step and ratios to the peer."""
     contenders: dict[str, Callable[[], Timing]] = {}
     for name in ("dense", "packed"):
-        run = ours(args, packed=name == "packed")
-        contenders[name] = lambda run=run: timed(run)
+        contenders[name] = functools.partial(timed, ours(args, packed=name == "packed"))
     if args.peer:
         contenders["peer"] = peer(args).__next__
         contenders["peer"]()

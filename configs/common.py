@@ -22,12 +22,13 @@ MODELS = {
     "gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
     "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
 }
+# Preset -> updates, packed rows per update and per forward pass, peak rate, warm-up, held-out evaluations.
 TRAINING = {
-    "smoke": dict(steps=20, rows=4, micro_rows=2, learning_rate=3e-3, warmup_steps=5, eval_every=10, eval_problems=8),
-    "laptop": dict(steps=2400, rows=16, micro_rows=2, learning_rate=3e-3, warmup_steps=100, eval_every=600, eval_problems=200),
-    "desktop": dict(steps=6000, rows=16, micro_rows=2, learning_rate=2e-3, warmup_steps=200, eval_every=1000, eval_problems=200),
-    "gpu": dict(steps=8000, rows=64, micro_rows=64, learning_rate=1e-3, warmup_steps=400, eval_every=1000, eval_problems=500),
-    "paper": dict(steps=19000, rows=1024, micro_rows=64, learning_rate=5e-5, warmup_steps=1000, eval_every=1000, eval_problems=1000),
+    "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
+    "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
+    "desktop": (6000, 16, 2, 2e-3, 200, 1000, 200),
+    "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
+    "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
 }
 ROWS = {"smoke": 16, "laptop": 64, "desktop": 64, "gpu": 512, "paper": 256}
 PRESETS = tuple(FAMILIES)
@@ -37,7 +38,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    training = TRAINING[preset]
+    steps, rows, micro_rows, learning_rate, warmup_steps, eval_every, eval_problems = TRAINING[preset]
     config = ConfigDict(
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
@@ -56,19 +57,19 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             number_limit=10 if preset in ("gpu", "paper") else 500,
             model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, dtype="float32"),
             train=dict(
-                rows=training["rows"],  # packed rows per update
-                micro_rows=training["micro_rows"],  # rows per forward pass; on a CPU few rows stay in its cache
+                rows=rows,  # packed rows per update
+                micro_rows=micro_rows,  # rows per forward pass; on a CPU few rows stay in its cache
                 length=MODELS[preset]["context"],  # tokens per row
                 overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
-                log_every=max(1, training["steps"] // 100),
-                eval_every=training["eval_every"],  # also checkpoints
-                eval_problems=training["eval_problems"],  # held-out problems of an evaluation during training
+                log_every=max(1, steps // 100),
+                eval_every=eval_every,  # also checkpoints
+                eval_problems=eval_problems,  # held-out problems of an evaluation during training
             ),
             optimizer=dict(
-                learning_rate=training["learning_rate"],
-                end_learning_rate=training["learning_rate"] / 100,
-                warmup_steps=training["warmup_steps"],
-                steps=training["steps"],
+                learning_rate=learning_rate,
+                end_learning_rate=learning_rate / 100,
+                warmup_steps=warmup_steps,
+                steps=steps,
                 weight_decay=0.01,
                 clip=1.0,
                 beta1=0.9,

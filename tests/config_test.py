@@ -140,7 +140,7 @@ def tiny_batch(rows: int, length: int, vocabulary: int) -> TokenBatch:
     """Rows of random ids, all sampled but the first."""
     tokens = np.random.default_rng(0).integers(2, vocabulary, (1, rows, length), np.int32)
     sampled = np.broadcast_to(np.arange(length) > 0, tokens.shape)
-    fields = dict.fromkeys(TokenBatch._fields, np.zeros(tokens.shape, np.float32))
+    fields: dict[str, np.ndarray] = dict.fromkeys(TokenBatch._fields, np.zeros(tokens.shape, np.float32))
     fields |= {
         "tokens": tokens,
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),

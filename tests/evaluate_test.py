@@ -291,24 +291,24 @@ def test_a_bad_entry_is_named(tmp_path, entry):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", "null", '{"numbers": [1, 2], "target": 3}'])
 def test_a_file_that_is_no_list_of_problems_says_what_it_must_hold(tmp_path, text):
-    with pytest.raises(UsageError, match='must hold a list of {"numbers"'):
+    with pytest.raises(UsageError, match=r'must hold a list of \{"numbers"'):
         evaluate.read_problems(problems_file(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["", "[", "[{'numbers': [1, 2], 'target': 3}]", "\x00"])
 def test_a_file_that_is_not_json_says_so(tmp_path, text):
-    with pytest.raises(UsageError, match="problems.json is not JSON"):
+    with pytest.raises(UsageError, match=r"problems.json is not JSON"):
         evaluate.read_problems(problems_file(tmp_path, text))
 
 
 def test_a_file_that_is_not_text_says_so(tmp_path):
     (tmp_path / "problems.json").write_bytes(b"\xff\xfe[\xff]")
-    with pytest.raises(UsageError, match="problems.json"):
+    with pytest.raises(UsageError, match=r"problems.json"):
         evaluate.read_problems(str(tmp_path / "problems.json"))
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):
-    with pytest.raises(UsageError, match="nothing.json"):
+    with pytest.raises(UsageError, match=r"nothing.json"):
         evaluate.read_problems(str(tmp_path / "nothing.json"))
 
 

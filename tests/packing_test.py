@@ -78,7 +78,7 @@ def check_layout(pieces: Sequence[Segment], batches: Sequence[TokenBatch], where
     assert collections.Counter(map(id, pieces)) == collections.Counter(id(segment) for *_, segment in where)
     covered = [np.zeros(batch.tokens.shape, int) for batch in batches]
     for number, row, span, segment in where:
-        assert 0 <= span.start and span.stop - span.start == len(segment) and span.stop <= covered[number].shape[1]
+        assert span.start >= 0 and span.stop - span.start == len(segment) and span.stop <= covered[number].shape[1]
         covered[number][row, span] += 1
     for batch, count in zip(batches, covered, strict=True):
         assert count.max() <= 1

@@ -61,7 +61,7 @@ def test_the_same_config_reopens_it(tmp_path):
 def test_another_config_is_refused_and_nothing_changes(tmp_path, other, words):
     Workdir(tmp_path / "run", config()).log(3, {"loss": 1.5})
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match="another configuration.*choose another --workdir") as caught:
+    with pytest.raises(UsageError, match=r"another configuration.*choose another --workdir") as caught:
         Workdir(tmp_path / "run", other)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
     assert contents(tmp_path) == before
@@ -82,7 +82,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UsageError, match="file.*choose another --workdir"):
+        with pytest.raises(UsageError, match=r"file.*choose another --workdir"):
             Workdir(path, config())
     assert contents(tmp_path) == {"file": b"mine"}
 
@@ -97,9 +97,9 @@ def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0, ')
-    with pytest.raises(UsageError, match="config.json"):
+    with pytest.raises(UsageError, match=r"config.json"):
         Workdir(tmp_path, config())
-    with pytest.raises(UsageError, match="config.json"):
+    with pytest.raises(UsageError, match=r"config.json"):
         workdir.read_config(tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_no_best_parameters_yet(tmp_path):
 )
 def test_parameters_of_another_model_are_refused(tmp_path, like, words):
     Workdir(tmp_path, config()).save_best(5, tree(5), {})
-    with pytest.raises(UsageError, match="does not fit the model.*use its own config") as caught:
+    with pytest.raises(UsageError, match=r"does not fit the model.*use its own config") as caught:
         workdir.load_best(tmp_path, like)
     assert all(word in str(caught.value) for word in words)
 
