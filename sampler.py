@@ -183,7 +183,9 @@ def _write(history: Array, row_B: Array, start_B: Array, new: Array) -> Array:
     return jax.lax.scatter(history, where_B2, new, numbers, unique_indices=True, mode="drop")
 
 
-def _prefill(model: Decoder, params: typing.Any, history: Cache, rows_B: Array, ids_BT: Array, slots: int) -> Cache:
+def _prefill_device(
+    model: Decoder, params: typing.Any, history: Cache, rows_B: Array, ids_BT: Array, slots: int
+) -> Cache:
     """Feeds ids [B, T] after the first `length` slots of their rows; rows is int32 [B, columns]."""
     row_B, length_B = rows_B.T
     T = ids_BT.shape[1]
@@ -195,7 +197,7 @@ def _prefill(model: Decoder, params: typing.Any, history: Cache, rows_B: Array, 
     return jax.tree.map(lambda x, new: _write(x, row_B, length_B, new), history, Cache.of(new))
 
 
-def _decode(
+def _decode_device(
     model: Decoder,
     config: SamplerConfig,
     stop_ids: tuple[int, ...],
@@ -268,12 +270,12 @@ def _compiled(model: Decoder, config: SamplerConfig, stop_ids: tuple[int, ...], 
 
     def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
         specs = (PartitionSpec(), ROWS, ROWS, ROWS)
-        device = functools.partial(_prefill, model, slots=slots)
+        device = functools.partial(_prefill_device, model, slots=slots)
         return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows, ids)
 
     def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
         specs = (PartitionSpec(), ROWS, ROWS)
-        device = functools.partial(_decode, model, config, stop_ids, slots=slots)
+        device = functools.partial(_decode_device, model, config, stop_ids, slots=slots)
         return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows)
 
     return tuple(jax.jit(f, static_argnames="slots", donate_argnames="history") for f in (prefill, decode))
@@ -309,7 +311,7 @@ class Sampler:
         stop_ids: Sequence[int],
         mesh: Mesh | None = None,
     ) -> None:
-        self.mesh = mesh or Mesh(np.asarray(jax.devices()[:1]), ("data",))
+        self.mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
         self.rows, self.devices, self.context = config.rows, self.mesh.shape["data"], model.config.context
         if self.rows % self.devices:
             raise ValueError(f"sampler.rows={self.rows} must be a multiple of the {self.devices} devices")
@@ -319,7 +321,10 @@ class Sampler:
         self.per_device = self.rows // self.devices
         self.row_buckets = _doubling(self.per_device)
         self.slot_buckets = _two_bits(config.bucket, self.context)
+        self.prefill_lengths = tuple(sorted({min(length, self.context) for length in PREFILL_LENGTHS}))
         self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
+        # Ids fed (prefill_tokens) and drawn (decode_tokens), calls (prefill_calls, bursts), decode_steps (longest device),
+        # row_steps computed (steps x rows of the bucket), and prefill_seconds, decode_seconds, host_seconds.
         self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stop_ids = frozenset(stop_ids)
         self._history = self._empty()
@@ -335,7 +340,7 @@ class Sampler:
     def _empty(self) -> Cache:
         c = self.model.config
         # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
-        slots = self.slot_buckets[-1] + max(self.config.burst, PREFILL_LENGTHS[-1])
+        slots = self.slot_buckets[-1] + max(self.config.burst, self.prefill_lengths[-1])
         shape = (self.rows, c.kv_heads, slots, c.head_width)
         zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
         return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
@@ -348,15 +353,14 @@ class Sampler:
 
     def reset(self) -> None:
         """Stops and empties every row."""
-        self._state = [_Row() for _ in range(self.rows)]
-        self._row = self._state.__getitem__
+        self._rows = [_Row() for _ in range(self.rows)]
 
     def warmup(self) -> None:
         """Compiles the device functions for every combination of buckets; otherwise each compiles when first used."""
         for slots, size in itertools.product(self.slot_buckets, self.row_buckets):
             self._run_decode(self._layout([], size, len(DECODE_COLUMNS))[0], slots)
         sizes = [size for size in PREFILL_ROWS if size <= self.per_device]
-        for slots, size, length in itertools.product(self.prefill_slots, sizes, PREFILL_LENGTHS):
+        for slots, size, length in itertools.product(self.prefill_slots, sizes, self.prefill_lengths):
             rows, _ = self._layout([], size, len(PREFILL_COLUMNS))
             self._run_prefill(rows, np.zeros((len(rows), length), np.int32), slots)
 
@@ -371,13 +375,14 @@ class Sampler:
     def prefill(self, fills: list[Fill]) -> None:
         """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
 
-        Raises ValueError if there is nothing to rewind to, nothing to extend by, or no room to draw.
+        Raises ValueError if there is no such row, if it has not stopped, if it has fewer ids than it is to
+        keep, or if the fill has no ids, no limit, or leaves no room to draw in the context.
         """
         begin = time.perf_counter()
         device = self.counters["prefill_seconds"]
         for fill in fills:
             self._check(fill)
-            row = self._row(fill.row)
+            row = self._rows[fill.row]
             row.ids = row.ids[: fill.keep] + fill.ids
             row.cached = min(row.cached, fill.keep)
             row.limit, row.key, row.drawn = min(fill.limit, self.context - len(row.ids)), fill.key, fill.drawn
@@ -389,36 +394,38 @@ class Sampler:
     def _check(self, fill: Fill) -> None:
         if not 0 <= fill.row < self.rows:
             raise ValueError(f"there is no row {fill.row} of {self.rows}")
-        length = len(self._row(fill.row).ids)
+        length = len(self._rows[fill.row].ids)
         if not 0 <= fill.keep <= length:
             raise ValueError(f"row {fill.row} has {length} ids and cannot keep {fill.keep}")
+        if self._rows[fill.row].limit:
+            raise ValueError(f"row {fill.row} has not stopped yet")
         if not fill.ids or fill.limit < 1:
             raise ValueError(f"a fill needs ids ({len(fill.ids)} given) and a limit of at least 1 ({fill.limit} given)")
         if fill.keep + len(fill.ids) >= self.context:
             raise ValueError(f"{fill.keep} + {len(fill.ids)} ids leave no room to draw in a context of {self.context}")
 
     def _lacking(self, number: int) -> int:
-        return len(self._row(number).ids) - 1 - self._row(number).cached
+        return len(self._rows[number].ids) - 1 - self._rows[number].cached
 
     def _chunk(self, number: int) -> int:
-        return _fit(PREFILL_LENGTHS, min(self._lacking(number), PREFILL_LENGTHS[-1]))
+        return _fit(self.prefill_lengths, min(self._lacking(number), self.prefill_lengths[-1]))
 
     def _group(self, waiting: list[int]) -> tuple[list[int], int, int]:
         """Rows to feed in one call, how many that call takes per device, and how many ids of each."""
         length = min(map(self._chunk, waiting))
         alike = [number for number in waiting if self._chunk(number) == length]
-        alike.sort(key=lambda number: self._row(number).cached)
+        alike.sort(key=lambda number: self._rows[number].cached)
         devices = [[n for n in alike if n // self.per_device == device] for device in range(self.devices)]
         size = max(size for size in PREFILL_ROWS if size <= max(map(len, devices)))
         return [number for rows in devices for number in rows[:size]], size, length
 
     def _feed(self, numbers: list[int], size: int, length: int) -> None:
         """A chunk of each row goes through the model and into the history."""
-        slots = _fit(self.prefill_slots, max(self._row(number).cached for number in numbers))
+        slots = _fit(self.prefill_slots, max(self._rows[number].cached for number in numbers))
         rows, order = self._layout(numbers, size, len(PREFILL_COLUMNS))
         ids = np.zeros((len(rows), length), np.int32)
         for place, number in order:
-            row = self._row(number)
+            row = self._rows[number]
             chunk = row.ids[row.cached : -1][:length]
             rows[place, 1], ids[place, : len(chunk)] = row.cached, chunk
             row.cached += len(chunk)
@@ -446,11 +453,11 @@ class Sampler:
 
     def decode(self) -> list[Stopped]:
         """Bursts until a row has stopped; returns those that have, in order of rows. No active row: []."""
-        active = [number for number, row in enumerate(self._state) if row.limit]
+        active = [number for number, row in enumerate(self._rows) if row.limit]
         stopped: list[Stopped] = []
         while active and not stopped:
             self._burst(active)
-            stopped = [self._row(number).drew for number in active if not self._row(number).limit]
+            stopped = [self._rows[number].drew for number in active if not self._rows[number].limit]
         return stopped
 
     def _burst(self, active: list[int]) -> None:
@@ -459,10 +466,10 @@ class Sampler:
         most = max(collections.Counter(number // self.per_device for number in active).values())
         rows, order = self._layout(active, _fit(self.row_buckets, most), len(DECODE_COLUMNS))
         for place, number in order:
-            row = self._row(number)
+            row = self._rows[number]
             rows[place, 1:5] = row.cached, row.ids[-1], row.drawn, row.limit
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
-        slots = _fit(self.slot_buckets, max(self._row(number).cached for number in active))
+        slots = _fit(self.slot_buckets, max(self._rows[number].cached for number in active))
         called = time.perf_counter()
         count, *outputs = self._run_decode(rows, slots)
         returned = time.perf_counter()
@@ -470,13 +477,14 @@ class Sampler:
             self._book(number, count[place], *(x[place] for x in outputs))
         self.counters["bursts"] += 1
         self.counters["decode_steps"] += int(count.max())
+        self.counters["row_steps"] += int(count.max()) * len(rows)
         self.counters["decode_tokens"] += int(count.sum())
         self.counters["decode_seconds"] += returned - called
         self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
 
     def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled_logp: np.ndarray) -> None:
         """Notes what a row has drawn; one that has stopped gets the limit 0."""
-        row, new = self._row(number), ids[:count].tolist()
+        row, new = self._rows[number], ids[:count].tolist()
         row.ids += new
         row.cached += len(new)
         row.drawn += len(new)
