@@ -68,6 +68,18 @@ def summarize(rollouts: Sequence[Rollout], seconds: float) -> dict[str, typing.A
     }
 
 
+def windows(rollouts: Sequence[Rollout], context: int) -> dict[str, list[float]]:
+    """Context window -> accuracy and its interval if only rollouts count whose every context fits (paper, section 5).
+
+    Windows are the eighths of `context` from a quarter up.
+    """
+    result = {}
+    for window in (context * eighth // 8 for eighth in (2, 3, 4, 6, 8)):
+        fits = [r.grade.correct and parallel_runtime.longest_context(r.root) <= window for r in rollouts]
+        result[str(window)] = [sum(fits) / len(fits), *wilson(sum(fits), len(fits))]
+    return result
+
+
 def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) -> float:
     """Share of these problems that one demonstration each solves."""
     seed = experiment.config.evaluation.seed
@@ -94,6 +106,7 @@ def report(
         "temperature": config.sampler.temperature,
         "context": config.model.context,
         **summary,
+        "windows": windows(rollouts, config.model.context),
         "demonstrator": demonstrators_accuracy(experiment, problems),
         "seed": config.evaluation.seed,
         "checkpoint": step,
@@ -131,6 +144,7 @@ def table(summary: dict) -> str:
         ("sequential tokens per problem", f"{summary['sequential_tokens']:.0f}"),
         ("longest context, mean", f"{summary['longest_context']:.0f}"),
         ("truncated, malformed", f"{summary['truncated']:.3f}, {summary['malformed']:.3f}"),
+        ("accuracy within a context of", "  ".join(f"{w}: {a[0]:.3f}" for w, a in summary["windows"].items())),
         ("ms per problem: under load", f"{summary['throughput_ms']:.1f}"),
         ("ms per problem: from start to end", f"{summary['milliseconds']:.0f}"),
     ]

@@ -323,8 +323,8 @@ class Sampler:
         self.slot_buckets = _two_bits(config.bucket, self.context)
         self.prefill_lengths = tuple(sorted({min(length, self.context) for length in PREFILL_LENGTHS}))
         self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
-        # Ids fed (prefill_tokens) and drawn (decode_tokens), calls (prefill_calls, bursts), decode_steps (longest device),
-        # row_steps computed (steps x rows of the bucket), and prefill_seconds, decode_seconds, host_seconds.
+        # Ids fed (prefill_tokens) and drawn (decode_tokens), calls (prefill_calls, bursts), decode_steps, steps x rows
+        # that were computed (row_steps), and prefill_seconds, decode_seconds, host_seconds.
         self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stop_ids = frozenset(stop_ids)
         self._history = self._empty()

@@ -89,5 +89,5 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
     """Trains the smoke preset once, as a user would."""
     path = tmp_path_factory.mktemp("runs") / "apr-smoke"
     arguments = [sys.executable, "sft.py", "--config=configs/apr.py:smoke", f"--workdir={path}"]
-    ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     return SmokeRun(path, Ended(ended.returncode, ended.stdout, ended.stderr))

@@ -14,7 +14,7 @@ import pytest
 import packing
 import parallel_runtime as pr
 from packing import Packer, Segment, TokenBatch, pack_all, segments, splice
-from parallel_runtime import Call, Grade, Rollout, Thread
+from parallel_runtime import Call, Thread
 
 Where = list[tuple[int, int, slice, Segment]]
 P, L, S, J, R, X = range(11, 17)
@@ -93,7 +93,9 @@ def test_the_example_of_the_module_header() -> None:
     assert packer.add(splice(parent())) and packer.add(splice(Thread((), [Call(0, [X], [X])])))
     batch, where = packer.batch()
     assert packing.__doc__
-    drawn = {name: re.search(rf"    {name} +(.*)\n", packing.__doc__) for name in ("row", "position", "until", "sampled")}
+    drawn = {
+        name: re.search(rf"    {name} +(.*)\n", packing.__doc__) for name in ("row", "position", "until", "sampled")
+    }
     table = {name: line.group(1).split() for name, line in drawn.items() if line}
     assert "".join(table["row"]) == "PPLLSSJJRXX."
     names = {P: "P", L: "L", S: "S", J: "J", R: "R", X: "X", 0: "."}
@@ -143,16 +145,11 @@ def test_a_thread_is_one_segment_if_it_fits_and_one_per_call_if_not() -> None:
 def test_a_call_that_sampled_nothing_needs_no_room() -> None:
     """A join, or a child's prompt, that fills the context ends the thread there: no id of it is to be trained on."""
     joined = Thread((), [Call(0, [P, P], [L, S], stop=pr.SPAWN), Call(3, [J] * 9, stop=pr.CONTEXT)])
-    assert [(piece.tokens, sum(piece.sampled)) for piece in segments(joined, 8) if any(piece.sampled)] == [([P, P, L, S], 2)]
-    child = Thread((0, 0), [Call(0, [P] * 9, stop=pr.CONTEXT)])
-    assert not any(any(piece.sampled) for piece in segments(child, 8))
-
-
-def test_splice_marks_only_the_calls_it_is_told_to() -> None:
-    piece = splice(parent(), [1])
-    assert piece.sampled == [False] * 8 + [True]
-    assert piece.calls == [-1] * 8 + [1]
-    assert piece.until == splice(parent()).until
+    assert [(piece.tokens, sum(piece.sampled), piece.until) for piece in segments(joined, 8)] == [
+        ([P, P, L, S], 2, [4] * 4)
+    ]
+    assert segments(joined, 8)[0].thread is joined
+    assert segments(Thread((0, 0), [Call(0, [P] * 9, stop=pr.CONTEXT)]), 8) == []
 
 
 def test_the_packer_fills_rows_first_fit() -> None:
@@ -162,10 +159,17 @@ def test_the_packer_fills_rows_first_fit() -> None:
     packer = Packer(2, 10)
     assert [packer.add(piece(length)) for length in (6, 6, 4, 3, 2, 1)] == [True, True, True, True, False, True]
     _, where = packer.batch()
-    assert [(row, span.start, span.stop) for row, span, _ in where] == [(0, 0, 6), (1, 0, 6), (0, 6, 10), (1, 6, 9), (1, 9, 10)]
+    assert [(row, span.start, span.stop) for row, span, _ in where] == [
+        (0, 0, 6),
+        (1, 0, 6),
+        (0, 6, 10),
+        (1, 6, 9),
+        (1, 9, 10),
+    ]
     packer.clear()
     batch, where = packer.batch()
     assert where == [] and not batch.sampled.any() and batch.until[0].tolist() == list(range(1, 11))
+    assert packer.add(piece(10)) and packer.add(piece(10)) and not packer.add(piece(1))
 
 
 def test_the_fields_of_a_batch_have_the_types_they_say() -> None:
@@ -177,7 +181,7 @@ def test_the_fields_of_a_batch_have_the_types_they_say() -> None:
 
 
 def test_pack_all_packs_tightly_enough() -> None:
-    pieces = [splice(Thread((), [Call(0, [P], [L] * (length - 1))])) for length in (3, 7, 5, 5, 2, 8)]
+    pieces = [splice(Thread((), [Call(0, [P], [L] * (length - 1))])) for length in (2, 3, 5, 7, 5, 8)]
     batches, where = pack_all(pieces, 1, 10)
     check_layout(pieces, batches, where)
     assert len(batches) == 3  # 30 tokens: 8 + 2, 7 + 3, 5 + 5
@@ -193,7 +197,7 @@ def test_pack_all_refuses_a_segment_that_fits_no_row(monkeypatch: pytest.MonkeyP
             super().__init__(rows, length)
 
     monkeypatch.setattr(packing, "Packer", Bounded)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="a segment of 9 tokens does not fit rows of 8"):
         pack_all([splice(parent())], 2, 8)
 
 
@@ -206,7 +210,9 @@ def test_cut_leaves_alone_what_fits() -> None:
     assert thread == before
 
 
-@pytest.mark.parametrize("context, sampled", [(6, [[L, L, S, S], []]), (5, [[L, L, S]]), (3, [[L]]), (2, [[]]), (1, [[]])])
+@pytest.mark.parametrize(
+    "context, sampled", [(6, [[L, L, S, S], []]), (5, [[L, L, S]]), (3, [[L]]), (2, [[]]), (1, [[]])]
+)
 def test_cut_ends_a_thread_at_its_context(context: int, sampled: list[list[int]]) -> None:
     thread = parent()
     for call in thread.calls:
@@ -226,11 +232,3 @@ def test_cut_drops_the_children_of_calls_it_dropped() -> None:
     thread.spawns = [[Thread((0, 0), [Call(0, [P], [L])])]]
     packing.cut(thread, 5)
     assert len(thread.spawns) == sum(call.stop == pr.SPAWN for call in thread.calls)
-
-
-def test_sampled_tokens_counts_what_is_trained_on() -> None:
-    thread = parent()
-    thread.spawns = [[Thread((0, 0), [Call(0, [P], [L, R])])]]
-    rollout = Rollout("problem", thread, Grade(True, ""))
-    pieces = [piece for member in rollout.threads() for piece in segments(member, 9)]
-    assert packing.sampled_tokens(rollout) == 5 + 2 == sum(sum(piece.sampled) for piece in pieces)

@@ -122,7 +122,8 @@ class ScriptedEngine:
         for row in (self.table[number] for number in stopped):
             row.ids = row.ids + row.sampled
         return [
-            Stopped(number, self.table[number].sampled, logprobs(self.table[number].sampled), [0.0]) for number in stopped
+            Stopped(number, self.table[number].sampled, logprobs(self.table[number].sampled), [0.0])
+            for number in stopped
         ]
 
 
@@ -239,7 +240,8 @@ def test_a_child_sees_its_prompt_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "block, detail", [("<>", "no children"), ("<a|7>", "unknown node '7'"), ("a>", "no block"), ("<a||b>", "unknown node ''")]
+    "block, detail",
+    [("<>", "no children"), ("<a|7>", "unknown node '7'"), ("a>", "no block"), ("<a||b>", "unknown node ''")],
 )
 def test_a_malformed_spawn_ends_the_thread_and_says_why(block: str, detail: str) -> None:
     root = solo({"p:": block})
@@ -377,7 +379,9 @@ def test_children_for_whom_nothing_is_left_never_start() -> None:
     assert story(root)[1] == ("[!,!]", "x", pr.ROLLOUT_TOKENS)
 
 
-@pytest.mark.parametrize("field, least", [("children", 0), ("spawns", 0), ("depth", 0), ("thread_tokens", 1), ("rollout_tokens", 1)])
+@pytest.mark.parametrize(
+    "field, least", [("children", 0), ("spawns", 0), ("depth", 0), ("thread_tokens", 1), ("rollout_tokens", 1)]
+)
 def test_limits_are_validated(field: str, least: int) -> None:
     dataclasses.replace(LIMITS, **{field: least})
     with pytest.raises(ValueError, match=f"limit {field}={least - 1} must be at least {least}"):
@@ -409,7 +413,9 @@ BUSY = {
 }
 
 
-def busy(rows: int, devices: int = 1, patience: int = 1) -> tuple[ScriptedEngine, Runtime, list[Request], list[Rollout]]:
+def busy(
+    rows: int, devices: int = 1, patience: int = 1
+) -> tuple[ScriptedEngine, Runtime, list[Request], list[Rollout]]:
     limits = dataclasses.replace(LIMITS, depth=2)
     engine, runtime, requests = start(
         BUSY, "p:", "q:", "r:", "q:", limits=limits, rows=rows, devices=devices, patience=patience
@@ -443,7 +449,9 @@ def test_the_draws_of_a_call_are_fixed_by_its_thread_and_how_much_that_has_drawn
     root = rollouts[0].root
     key = pr.thread_key(SEED, requests[0], ())
     assert [fill.drawn for fill in engine.fills if fill.key == key] == [0, 9, 13]  # "ab<a|a|b>", "x<b>", "y."
-    keys = {pr.thread_key(SEED, r, thread.path) for r, o in zip(requests, rollouts, strict=True) for thread in o.threads()}
+    keys = {
+        pr.thread_key(SEED, r, thread.path) for r, o in zip(requests, rollouts, strict=True) for thread in o.threads()
+    }
     assert len(keys) == sum(len(rollout.threads()) for rollout in rollouts)
     assert all(0 <= word < 2**32 for pair in keys for word in pair)
     alone, runtime, _ = start(BUSY, limits=dataclasses.replace(LIMITS, depth=2))

@@ -117,6 +117,6 @@ def test_a_block_runs(number: int, copy: pathlib.Path, environment: dict[str, st
         env={**environment, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=1800,
     )
     assert ended.returncode == 0, f"{script}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"

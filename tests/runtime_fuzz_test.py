@@ -36,7 +36,9 @@ def grammar(context: str, fill: Fill) -> str:
         return before + "." + "z" * fill.limit
     if kind < 0.45:
         return "y" * fill.limit
-    names = random_.choices(["a", "b", "cc", "A", "7", ""], (8, 8, 8, 2, 0.3, 0.3), k=random_.choice((0, 1, 1, 2, 2, 3, 4)))
+    names = random_.choices(
+        ["a", "b", "cc", "A", "7", ""], (8, 8, 8, 2, 0.3, 0.3), k=random_.choice((0, 1, 1, 2, 2, 3, 4))
+    )
     mark = "<" if kind < 0.97 else ""
     return before + mark + "|".join(names) + ">" + "z" * fill.limit
 

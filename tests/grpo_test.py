@@ -1,0 +1,192 @@
+"""GRPO: rewards, advantages, weights and loss against numbers worked out by hand, on tiny arrays and records."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import grpo
+from configs import grpo as recipe
+from packing import TokenBatch
+from parallel_runtime import END, SPAWN, Call, Grade, Rollout, Thread
+from train_state import Outputs
+
+
+def config(**changes) -> ConfigDict:
+    """The recipe's switches with some changed."""
+    result = recipe.get_config().grpo.copy_and_resolve_references()
+    with result.unlocked():
+        result.update(changes)
+    return result
+
+
+def rollout(correct: bool = True, children: int = 2) -> Rollout:
+    """A parent of calls with 4 and 2 sampled ids around one spawn; children of 3, 5, ... ids."""
+    calls = [Call(0, [9, 9], [1, 2, 3, 4], [0.0] * 4, SPAWN), Call(3, [9], [5, 6], [0.0] * 2, END)]
+    spawned = [Thread((0, i), [Call(0, [9], [7] * (3 + 2 * i), [0.0] * (3 + 2 * i), END)]) for i in range(children)]
+    return Rollout("p", Thread((), calls, [spawned]), Grade(correct, "" if correct else "wrong"))
+
+
+def batch(advantage, old_logp, ref_logp=None, sampled=None, weight=None) -> TokenBatch:
+    """A batch of one row; everything that the loss does not read is zero."""
+    advantage = jnp.asarray([advantage], jnp.float32)
+    zeros = jnp.zeros(advantage.shape)
+    sampled = jnp.ones(advantage.shape, bool) if sampled is None else jnp.asarray([sampled])
+    weight = jnp.ones(advantage.shape) if weight is None else jnp.asarray([weight])
+    old = jnp.asarray([old_logp], jnp.float32)
+    ref = old if ref_logp is None else jnp.asarray([ref_logp], jnp.float32)
+    return TokenBatch(zeros, zeros, zeros, sampled, weight, weight, advantage, old, ref)
+
+
+def loss(logp, tokens: TokenBatch, **changes) -> jax.Array:
+    """Loss per token of the one row."""
+    logp = jnp.asarray([logp], jnp.float32) if not isinstance(logp, jax.Array) else logp
+    zeros = jnp.zeros(logp.shape)
+    return grpo.grpo_loss(config(**changes))(Outputs(logp, zeros, zeros), tokens)[0][0]
+
+
+# ---------------------------------------------------------------- reward and advantage
+
+
+def test_reward_is_correctness_and_shaping_is_gated_by_it():
+    assert grpo.reward(rollout(), config()) == 1 and grpo.reward(rollout(False), config()) == 0
+    # Total 6 + 3 + 5 = 14 tokens, sequential 6 + 5 = 11: a share of 3/14 is saved, more than the cap of 0.2.
+    bonus = config(acceleration=0.5)
+    assert grpo.reward(rollout(), bonus) == pytest.approx(1.1)
+    assert grpo.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
+    assert grpo.reward(rollout(False), bonus) == 0
+
+
+def test_penalties_count_threads_and_tokens_past_the_budget():
+    assert grpo.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
+    penalty = config(token_penalty=0.01, token_budget=10.0)
+    assert grpo.reward(rollout(), penalty) == pytest.approx(0.96)
+    assert grpo.reward(rollout(False), penalty) == pytest.approx(-0.04)
+    assert grpo.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mean", [0.75, -0.25, -0.25, -0.25]),
+        ("std", [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+        ("leave_one_out", [1, -1 / 3, -1 / 3, -1 / 3]),
+    ],
+)
+def test_advantages_by_hand(kind, expected):
+    result = grpo.advantages(np.asarray([[1.0, 0, 0, 0], [1, 1, 1, 1]]), kind)
+    np.testing.assert_allclose(result[0], expected, rtol=1e-5)
+    assert not result[1].any()
+
+
+@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
+def test_a_group_of_equal_rewards_contributes_nothing_even_when_rounding_would(kind):
+    assert not grpo.advantages(np.full((1, 3), 0.1 + 0.2), kind).any()
+
+
+# ---------------------------------------------------------------- weights
+
+
+def sums(rollouts, aggregate, constant=1.0):
+    """Per rollout the weights of its calls' tokens, by number of sampled ids."""
+    result = grpo.weigh(rollouts, aggregate, constant)
+    sizes = [{(id(t), n): len(c.sampled) for t in r.threads() for n, c in enumerate(t.calls)} for r in rollouts]
+    return [sorted((sizes[i][key], *weights) for key, weights in one.items()) for i, one in enumerate(result)]
+
+
+def test_weights_per_call_then_rollout_are_the_papers():
+    # Rollout 1 has calls of 2, 3, 4, 5 ids, rollout 2 of 2 and 4: six calls in the batch.
+    first, second = sums([rollout(), rollout(children=0)], "call")
+    assert first == [(n, pytest.approx(1 / (n * 4 * 6)), pytest.approx(1 / (n * 6))) for n in (2, 3, 4, 5)]
+    assert second == [(n, pytest.approx(1 / (n * 2 * 6)), pytest.approx(1 / (n * 6))) for n in (2, 4)]
+
+
+def test_weights_per_token_and_per_rollout():
+    rollouts = [rollout(), rollout(children=0)]  # 14 + 6 tokens
+    for aggregate, constant, expected in (("token", 1.0, 1 / 20), ("rollout", 100.0, 1 / 200)):
+        first, second = sums(rollouts, aggregate, constant)
+        assert [n for n, _, _ in first + second] == [2, 3, 4, 5, 2, 4]
+        assert all(pair == pytest.approx([expected, expected]) for _, *pair in first + second)
+
+
+def test_calls_without_ids_weigh_nothing():
+    empty = rollout(children=0)
+    empty.root.calls[1].sampled = []
+    assert len(grpo.weigh([empty], "call", 1.0)[0]) == 1
+
+
+# ---------------------------------------------------------------- loss
+
+
+def test_clipped_objective_by_hand():
+    ratio = np.log([1.5, 1.5, 0.5, 0.5])
+    tokens = batch([1.0, -1, 1, -1], [0.0] * 4)
+    np.testing.assert_allclose(loss(ratio, tokens, kl_weight=0.0), [-1.2, 1.5, -0.5, 0.8], rtol=1e-6)
+    higher = loss(ratio, tokens, kl_weight=0.0, clip_high=0.28, clip_low=0.1)
+    np.testing.assert_allclose(higher, [-1.28, 1.5, -0.5, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", -0.5), ("k2", 0.125), ("k3", np.exp(0.5) - 1.5)])
+def test_kl_estimators_by_hand(estimator, expected):
+    tokens = batch([0.0], [-2.0], ref_logp=[-1.5])
+    np.testing.assert_allclose(loss([-2.0], tokens, kl_weight=2.0, kl_estimator=estimator), [2 * expected], rtol=1e-5)
+
+
+def test_at_ratio_one_the_gradient_is_reinforce_and_flips_with_the_reward():
+    logp = jnp.asarray([[-1.0, -2.0, -0.5]])
+
+    def gradient(advantage):
+        tokens = batch(advantage, logp[0], weight=[0.5, 0.25, 1.0])
+        return jax.grad(lambda x: loss(x, tokens, kl_weight=0.0).sum())(logp)
+
+    np.testing.assert_allclose(gradient([1.0, -2.0, 3.0]), [[-0.5, 0.5, -3.0]], rtol=1e-6)
+    np.testing.assert_allclose(gradient([-1.0, 2.0, -3.0]), -gradient([1.0, -2.0, 3.0]))
+
+
+def test_injected_ids_get_no_gradient_and_groups_without_signal_only_the_kl():
+    logp = jnp.asarray([[-1.0, -2.0]])
+    injected = batch([0.0, 1.0], [-9.0, -2.0], ref_logp=[-3.0, -2.0], sampled=[False, True], weight=[0.0, 1.0])
+    gradient = jax.grad(lambda x: loss(x, injected, kl_weight=1.0).sum())(logp)
+    assert gradient[0, 0] == 0 and gradient[0, 1] == -1
+    dead = batch([0.0, 0.0], logp[0], ref_logp=[-1.5, -2.0])
+    gradient = jax.grad(lambda x: loss(x, dead, kl_weight=0.0).sum())(logp)
+    assert not gradient.any()
+
+
+def test_a_two_armed_policy_learns_the_better_arm():
+    logits = jnp.zeros(2)
+    key = jax.random.key(0)
+
+    def objective(logits, arms, tokens):
+        return loss(jax.nn.log_softmax(logits)[arms][None], tokens, kl_weight=0.0).mean()
+
+    for step in range(60):
+        arms = jax.random.categorical(jax.random.fold_in(key, step), logits, shape=(16,))
+        rewards = np.asarray(arms == 1, float)
+        tokens = batch(grpo.advantages(rewards[None], "std")[0], jax.nn.log_softmax(logits)[arms])
+        logits = logits - 0.3 * jax.grad(objective)(logits, arms, tokens)
+    assert jax.nn.softmax(logits)[1] > 0.95
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"advantage": "z"},
+        {"kl_estimator": "k4"},
+        {"aggregate": "mean"},
+        {"dead_groups": "skip"},
+        {"old_logp": "both"},
+        {"rollouts": 1},
+        {"importance_cap": 2.0},
+    ],
+)
+def test_a_bad_switch_is_named(change):
+    with pytest.raises(ValueError, match=f"grpo.{next(iter(change))}"):
+        grpo.check(config(**change))
+    grpo.check(config())
