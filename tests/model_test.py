@@ -67,7 +67,7 @@ def forward(params, config: ModelConfig, tokens, positions, visible):
                 out[t, f + half] = b * np.cos(angle) + a * np.sin(angle)
         return out
 
-    x = p["embedding"][tokens]
+    x = p["embedding"][tokens] * np.sqrt(config.width)
     for layer in range(config.layers):
         attention, mlp = p[f"attention_{layer}"], p[f"mlp_{layer}"]
         h, total = norm(x, p[f"attention_norm_{layer}"]["scale"]), np.zeros_like(x)
@@ -236,13 +236,15 @@ def test_paper_shape_has_228_million_parameters_beside_the_embedding():
     assert round(matrices / 1e6) == 228
 
 
-def test_initial_weights_have_the_scale_of_their_inputs():
+def test_initial_weights_keep_the_scale_of_the_stream():
+    """Variance 1 / inputs; the outputs of the 2 L branches add up to about the unit-size embedding."""
     config = dataclasses.replace(SMALL, width=256, heads=8, kv_heads=4, head_width=16, mlp_width=512, tied=False)
     one = jnp.zeros((1, 1), int)
     params = jax.jit(Decoder(config).init)(jax.random.key(0), one, one, one)["params"]
-    inputs = {"query": 256, "key": 256, "value": 256, "out": 128, "gate": 256, "up": 256, "down": 512}
-    for name, leaf in {**params["attention_0"], **params["mlp_0"]}.items():
+    inputs = {"query": 256, "key": 256, "value": 256, "out": 128 * 4, "gate": 256, "up": 256, "down": 512 * 4}
+    for name, leaf in {**params["attention_0"], **params["mlp_1"]}.items():
         np.testing.assert_allclose(jnp.std(leaf), inputs[name] ** -0.5, rtol=0.02)
+    np.testing.assert_allclose(jnp.std(params["embedding"]), 256**-0.5, rtol=0.02)
 
 
 @pytest.mark.parametrize("tied", [True, False])

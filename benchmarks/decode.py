@@ -1,0 +1,265 @@
+"""Decoding speed: APR rollouts with the lengths of real demonstrations, and rows of equal length.
+
+An untrained model of the preset's shape decodes, and a replay makes every call
+stop where the recorded demonstration stopped, so that the runtime sees real
+spawns, joins and lengths while the sampler does all the work. The same problems
+run
+
+  refill   as the runtime does it, freed rows taken at once;
+  waves    in lock-step: no row is refilled before all have stopped;
+  alone    problem after problem, nothing else in flight (their latency, against
+           the sequential tokens times one step of one row);
+  serial   on a single row: one thread at a time.
+
+"equal" rows have a prompt of 24 ids and 192 sampled ones. The peer is
+transformers' `generate` with the same model shape, in a process of its own, on
+the same rows and on the same calls in batches, each padded to its longest and
+with its whole context sent again after a join; only ids that were asked for count.
+Rates are the best of `--repeats` runs, compilation excluded.
+
+Prints as its last line one JSON object.
+
+Run: python -m benchmarks.decode
+     python -m benchmarks.decode --peer=PYTHON  # one with torch and transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Sequence
+
+PROMPT, NEW = 24, 192  # of the rows of equal length
+SEED = (0,)
+
+
+def best(repeats: int, action: Callable[[], object]) -> float:
+    """Seconds of the fastest run."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+# ------------------------------------------------------------------- ours
+
+
+class Replay:
+    """A sampler under the runtime whose calls stop where recorded ones did, and seem to sample their ids."""
+
+    def __init__(self, engine: typing.Any, rollouts: Sequence[typing.Any], waves: bool = False) -> None:
+        from parallel_runtime import Request, thread_key
+
+        self.engine, self.waves = engine, waves
+        self.rows, self.devices, self.context = engine.rows, engine.devices, engine.context
+        self.requests = [Request(rollout.problem, index) for index, rollout in enumerate(rollouts)]
+        self._recorded: dict[tuple[tuple[int, int], int], list[int]] = {}
+        self._held: dict[int, list[int]] = {}
+        for request, rollout in zip(self.requests, rollouts, strict=True):
+            for thread in rollout.threads():
+                drawn = 0
+                for call in thread.calls:
+                    self._recorded[thread_key(SEED, request, thread.path), drawn] = call.sampled
+                    drawn += len(call.sampled)
+
+    def reset(self) -> None:
+        """Stops every row."""
+        self.engine.reset()
+
+    def prefill(self, fills: list[typing.Any]) -> None:
+        """Sets rows going, for as many ids as were recorded."""
+        for fill in fills:
+            self._held[fill.row] = self._recorded[fill.key, fill.drawn]
+        self.engine.prefill([dataclasses.replace(fill, limit=len(self._held[fill.row])) for fill in fills])
+
+    def decode(self) -> list[typing.Any]:
+        """Rows that have stopped, with the recorded ids; in waves, all of them."""
+        stopped = self.engine.decode()
+        while self.waves and (more := self.engine.decode()):
+            stopped += more
+        return [dataclasses.replace(row, ids=self._held[row.row]) for row in stopped]
+
+
+def replay(
+    experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], repeats: int, waves: bool
+) -> dict:
+    """Figures of the best run of the rollouts; the first run compiles and is not counted."""
+    from parallel_runtime import Runtime, total_tokens
+
+    replaying = Replay(engine, rollouts, waves)
+
+    def run() -> None:
+        Runtime(replaying, experiment.task, experiment.limits).run(replaying.requests, SEED)
+
+    first = best(1, run)
+    engine.counters.clear()
+    seconds = best(repeats, run)
+    counters, tokens = engine.counters, sum(total_tokens(rollout.root) for rollout in rollouts)
+    assert counters["decode_tokens"] == tokens * repeats
+    total = sum(counters[f"{part}_seconds"] for part in ("prefill", "decode", "host"))
+    return {
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+        "occupancy": tokens * repeats / (counters["decode_steps"] * engine.rows),
+        "useful_row_steps": tokens * repeats / counters["row_steps"],
+        "prefill_share": counters["prefill_seconds"] / total,
+        "host_share": counters["host_seconds"] / total,
+        "prefill_tokens": counters["prefill_tokens"] / repeats,
+        "compile_s": first - seconds,
+    }
+
+
+def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], step: float) -> dict:
+    """Mean latency of one problem at a time, and its ratio to the ideal; `step` is a one-row step in seconds."""
+    from parallel_runtime import Runtime, sequential_tokens
+
+    replaying = Replay(engine, rollouts)
+    runtime = Runtime(replaying, experiment.task, experiment.limits)
+    runs = [[runtime.run([request], SEED)[0] for request in replaying.requests] for _ in range(2)][1]
+    ideal = [1e3 * step * sequential_tokens(rollout.root) for rollout in rollouts]
+    milliseconds = [rollout.milliseconds for rollout in runs]
+    return {"milliseconds": sum(milliseconds) / len(runs), "over_ideal": sum(milliseconds) / sum(ideal)}
+
+
+def equal(engine: typing.Any, repeats: int) -> float:
+    """Tokens per second of rows of equal length."""
+    from parallel_runtime import Fill
+
+    def run() -> None:
+        engine.reset()
+        engine.prefill([Fill(row, 0, list(range(2, 2 + PROMPT)), (row, 0), 0, NEW) for row in range(engine.rows)])
+        while engine.decode():
+            pass
+
+    run()
+    return engine.rows * NEW / best(repeats, run)
+
+
+def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:
+    """All our figures, and the workload for the peer."""
+    import jax
+
+    from configs import apr
+    from experiment import Experiment
+    from parallel_runtime import longest_context
+    from sampler import Sampler, SamplerConfig
+    from train_state import init_params
+
+    config = apr.get_config(args.preset).unlock()
+    experiment = Experiment(config)
+    params = init_params(experiment.model, jax.random.key(0))
+
+    def engine(rows: int) -> typing.Any:
+        settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.temperature, 0, 1.0)
+        return Sampler(experiment.model, params, settings, ())
+
+    rollouts, index = [], 0
+    while len(rollouts) < args.problems:
+        rollout = experiment.demonstration("train", 0, index)
+        index += 1
+        if longest_context(rollout.root) <= config.model.context:
+            rollouts.append(rollout)
+    few = rollouts[: max(1, args.problems // 10)]
+    figures: dict[str, typing.Any] = {
+        "equal_tokens_per_s": {n: equal(engine(n), args.repeats) for n in args.equal_rows}
+    }
+    many, step = engine(args.rows), 1 / equal(engine(1), args.repeats)
+    figures["refill"] = replay(experiment, many, rollouts, args.repeats, waves=False)
+    figures["waves"] = replay(experiment, many, rollouts, args.repeats, waves=True)
+    figures["alone"] = alone(experiment, many, few, step)
+    figures["serial"] = replay(experiment, engine(1), few, 1, waves=False)
+    calls = []
+    for thread in (thread for rollout in rollouts for thread in rollout.threads()):
+        for call in thread.calls:
+            calls.append(((call.keep or 0) + len(call.injected), len(call.sampled)))
+    shape = dataclasses.asdict(experiment.model_config)
+    return figures, {"shape": shape, "calls": calls, "rows": args.rows, "equal_rows": args.equal_rows}
+
+
+# ------------------------------------------------------------------- peer
+
+
+def serve_peer(args: argparse.Namespace) -> None:
+    """Runs in the peer's python: reads the workload from standard input and prints tokens per second."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    work = json.load(sys.stdin)
+    shape = work["shape"]
+    config = transformers.LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["width"],
+        intermediate_size=shape["mlp_width"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        max_position_embeddings=2 * shape["context"],
+        tie_word_embeddings=shape["tied"],
+        attn_implementation="sdpa",
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    llama = transformers.LlamaForCausalLM(config).float().eval()
+
+    def generate(calls: list[list[int]]) -> None:
+        longest, new = (max(column) for column in zip(*calls, strict=True))
+        ids = torch.randint(1, shape["vocab_size"], (len(calls), longest))
+        mask = torch.tensor([[0] * (longest - prompt) + [1] * prompt for prompt, _ in calls])
+        with torch.no_grad():
+            llama.generate(ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new)
+
+    figures: dict[str, typing.Any] = {"equal_tokens_per_s": {}}
+    for rows in work["equal_rows"]:
+        seconds = best(args.repeats, lambda rows=rows: generate([[PROMPT, NEW]] * rows))
+        figures["equal_tokens_per_s"][rows] = rows * NEW / seconds
+    calls, rows = work["calls"], work["rows"]
+    batches = [calls[start : start + rows] for start in range(0, len(calls), rows)]
+    seconds = best(1, lambda: [generate(batch) for batch in batches])
+    figures["rollouts_tokens_per_s"] = sum(new for _, new in calls) / seconds
+    print(json.dumps(figures))
+
+
+def peer(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """The peer's figures."""
+    command = [args.peer, str(pathlib.Path(__file__).resolve()), "--serve-peer", *sys.argv[1:]]
+    done = subprocess.run(command, input=json.dumps(work), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parse() -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(problems=100, rows=64, burst=32, repeats=3, threads=2).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--preset", default="laptop")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--equal-rows", type=int, nargs="*", default=[1, 16, 64, 256])
+    parser.add_argument("--peer", default="", help="python of an environment with torch and transformers")
+    parser.add_argument("--serve-peer", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures and prints."""
+    figures, work = ours(args)
+    if args.peer:
+        figures["peer"] = peer(args, work)
+        figures["over_peer"] = figures["refill"]["tokens_per_s"] / figures["peer"]["rollouts_tokens_per_s"]
+    print(json.dumps(figures, default=float))
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.serve_peer:
+        serve_peer(arguments)
+    else:
+        main(arguments)
