@@ -24,6 +24,7 @@ import json
 import math
 import pathlib
 import random
+import re
 import sys
 import time
 import typing
@@ -95,6 +96,9 @@ def report(
     experiment: Experiment, params: typing.Any, problems: Sequence[Problem], output: pathlib.Path, step: int
 ) -> dict:
     """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line."""
+    with usage_errors():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "eval.json").touch()
     config = experiment.config
     experiment.solve(params, problems[: config.sampler.rows])  # compiles; not timed
     started = time.monotonic()
@@ -127,7 +131,6 @@ def report(
         }
         for rollout in rollouts
     ]
-    output.mkdir(parents=True, exist_ok=True)
     (output / "eval.json").write_text(json.dumps([{**summary, "results": results}], indent=1) + "\n")
     print(json.dumps(summary))
     return summary
@@ -182,7 +185,7 @@ def read_problems(path: str) -> list[Problem]:
     with usage_errors():
         try:
             entries = json.loads(pathlib.Path(path).read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UsageError(f"{path} is not JSON: {error}") from error
         if not isinstance(entries, list) or not entries:
             raise UsageError(f'{path} must hold a list of {{"numbers": [...], "target": n}}')
@@ -241,7 +244,7 @@ def main(_: list[str]) -> None:
         if (args.numbers is None) != (args.target is None):
             raise UsageError("--numbers and --target go together")
         one = args.numbers is not None
-        if one and not all(number.strip().lstrip("-").isdigit() for number in args.numbers):
+        if one and not all(re.fullmatch(r"\s*-?[0-9]+\s*", number) for number in args.numbers):
             raise UsageError(f"--numbers must be whole numbers separated by commas, not {','.join(args.numbers)}")
         if one:
             entry = {"numbers": [int(number) for number in args.numbers], "target": args.target}
@@ -251,8 +254,8 @@ def main(_: list[str]) -> None:
     params, result = load_best(source, experiment.param_shapes())
     if one:
         return solve_one(experiment, params, problems[0])
-    output = args.output or (source if args.workdir else "runs/pretrained")
-    report(experiment, params, problems, pathlib.Path(output), result["step"])
+    output = pathlib.Path(args.output or (source if args.workdir else "runs/pretrained"))
+    report(experiment, params, problems, output, result["step"])
 
 
 if __name__ == "__main__":

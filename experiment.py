@@ -6,6 +6,7 @@ disk, so that a bad value is one sentence and nothing is half done.
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 
@@ -38,18 +39,44 @@ class Experiment:
         self.limits = Limits(**config.limits)
         self.mesh = make_mesh(**config.mesh)
         self.task = Countdown(self.tokenizer, d.method)
+        self.sampler_config = SamplerConfig(**config.sampler)
+        self.sampler_config.check(self.model_config, self.mesh.shape["data"])
+        self.optimizer()
+        self._check()
+        self._samplers: dict[float, Sampler] = {}
+
+    def _check(self) -> None:
+        """Raises ValueError on fields that do not go together."""
+        config, mesh = self.config, self.mesh.shape
+        for section, field in (
+            ("train", "rows"),
+            ("train", "micro_rows"),
+            ("train", "log_every"),
+            ("train", "eval_every"),
+            ("train", "eval_problems"),
+            ("evaluation", "problems"),
+        ):
+            if config[section][field] < 1:
+                raise ValueError(f"{section}.{field}={config[section][field]} must be at least 1")
         if config.train.length < config.model.context:
             raise ValueError(
                 f"train.length={config.train.length} is shorter than model.context={config.model.context}: "
                 "a thread may fill the context, so rows must be at least as long"
             )
-        micro, data = config.train.micro_rows, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if micro < 1 or config.train.rows % micro or micro % data:
+        micro, data = config.train.micro_rows, mesh["data"] * mesh["fsdp"]
+        if config.train.rows % micro or micro % data:
             raise ValueError(
                 f"train.micro_rows={micro} must divide train.rows={config.train.rows} "
                 f"and be a multiple of the {data} devices that rows are spread over"
             )
-        self._samplers: dict[float, Sampler] = {}
+        for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
+            if config.model[field] % mesh[axis]:
+                raise ValueError(f"model.{field}={config.model[field]} must be a multiple of mesh.{axis}={mesh[axis]}")
+        problems = self._held_out()
+        if (longest := max(len(self.task.prompt(problem)) for problem in problems)) >= config.model.context:
+            raise ValueError(
+                f"model.context={config.model.context} is too small for a prompt of {longest} ids: raise it"
+            )
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the config."""
@@ -88,9 +115,9 @@ class Experiment:
     ) -> Runtime:
         """A runtime that samples with these parameters; there is one sampler per temperature, compiled once."""
         if temperature not in self._samplers:
-            settings = {**self.config.sampler, "temperature": temperature}
+            settings = dataclasses.replace(self.sampler_config, temperature=temperature)
             stop_ids = (self.task.end_id, self.task.spawn_id)
-            self._samplers[temperature] = Sampler(self.model, params, SamplerConfig(**settings), stop_ids, self.mesh)
+            self._samplers[temperature] = Sampler(self.model, params, settings, stop_ids, self.mesh)
         self._samplers[temperature].update(params)
         return Runtime(self._samplers[temperature], self.task, self.limits, watch)
 

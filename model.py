@@ -299,7 +299,7 @@ class Decoder(nn.Module):
         if c.tied:
             w_DV = embedding_VD.T
         else:
-            w_DV = self.param("head", nn.initializers.lecun_normal(), (c.width, c.vocab_size))
+            w_DV = self.param("head", nn.initializers.normal(0.02), (c.width, c.vocab_size))
         logits = jnp.matmul(x_RTD.reshape(-1, c.width), w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*tokens_RT.shape, c.vocab_size), (jnp.stack(ks), jnp.stack(vs))
 

@@ -49,7 +49,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import Decoder, Past
+from model import Decoder, ModelConfig, Past
 from parallel_runtime import Fill, Stopped
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
@@ -81,6 +81,14 @@ class SamplerConfig:
                 f"sampler.temperature={self.temperature} and top_k={self.top_k} must not be negative, "
                 f"and 0 < top_p={self.top_p} <= 1"
             )
+
+    def check(self, model: ModelConfig, devices: int) -> None:
+        """Raises ValueError if this model or number of devices cannot be sampled with these settings."""
+        if self.rows % devices:
+            raise ValueError(f"sampler.rows={self.rows} must be a multiple of the {devices} devices")
+        if self.top_k > model.vocab_size:
+            raise ValueError(f"sampler.top_k={self.top_k} exceeds the vocabulary of {model.vocab_size}")
+
 
 
 class Cache(typing.NamedTuple):
@@ -278,7 +286,11 @@ def _compiled(model: Decoder, config: SamplerConfig, stop_ids: tuple[int, ...], 
         device = functools.partial(_decode_device, model, config, stop_ids, slots=slots)
         return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows)
 
-    return tuple(jax.jit(f, static_argnames="slots", donate_argnames="history") for f in (prefill, decode))
+    # The history goes out as it came in: were its sharding spelled another way, every function would compile twice.
+    jit = functools.partial(
+        jax.jit, static_argnames="slots", donate_argnames="history", out_shardings=NamedSharding(mesh, ROWS)
+    )
+    return jit(prefill), jit(decode)
 
 
 # ------------------------------------------------------------------- host
@@ -313,10 +325,7 @@ class Sampler:
     ) -> None:
         self.mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
         self.rows, self.devices, self.context = config.rows, self.mesh.shape["data"], model.config.context
-        if self.rows % self.devices:
-            raise ValueError(f"sampler.rows={self.rows} must be a multiple of the {self.devices} devices")
-        if config.top_k > model.config.vocab_size:
-            raise ValueError(f"sampler.top_k={config.top_k} exceeds the vocabulary of {model.config.vocab_size}")
+        config.check(model.config, self.devices)
         self.model, self.config = model, config
         self.per_device = self.rows // self.devices
         self.row_buckets = _doubling(self.per_device)

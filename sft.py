@@ -40,49 +40,71 @@ def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     return -batch.weight * out.logp, {}
 
 
+MOST_LOST = 1000  # demonstrations in a row that may be too long before the config is called hopeless
+
+
 class DemonstrationStream:
     """Packed demonstrations without end; `cursor` says where it stands and is all it takes to resume.
 
     The cursor is (next demonstration, first of its segments not yet packed). A
-    segment that fits no row of a batch opens the next one.
+    segment that fits no row of a batch opens the next one. `overlong_before`
+    counts the demonstrations before the cursor that did not fit the context.
     """
 
-    def __init__(self, experiment: Experiment, cursor: tuple[int, int]) -> None:
+    def __init__(self, experiment: Experiment, cursor: tuple[int, int], overlong_before: int = 0) -> None:
+        """Raises ValueError if hardly any demonstration fits the context and rows of the config."""
         config = experiment.config
         if config.train.overlong not in ("drop", "cut"):
             raise ValueError(f"train.overlong must be 'drop' or 'cut', not {config.train.overlong!r}")
         self.experiment, self.overlong = experiment, config.train.overlong
-        self.cursor = cursor
-        self.demonstrations = self.overlong_seen = 0  # drawn, and of these too long, since the start of the process
+        self.cursor, self.overlong_before = cursor, overlong_before
         self._packer = Packer(config.train.rows, config.train.length)
-        self._segments: list[Segment] = self._draw(cursor[0])
+        self._segments, self._too_long = self._draw(cursor[0])
 
-    def _draw(self, index: int) -> list[Segment]:
+    @property
+    def demonstrations(self) -> int:
+        """Demonstrations drawn so far."""
+        return self.cursor[0] + 1
+
+    @property
+    def overlong_seen(self) -> int:
+        """How many of these did not fit the context."""
+        return self.overlong_before + self._too_long
+
+    def _draw(self, index: int) -> tuple[list[Segment], bool]:
+        """Segments of a demonstration, and whether it overran the context."""
         config = self.experiment.config
         rollout = self.experiment.demonstration("train", config.seed, index)
-        self.demonstrations += 1
-        if longest_context(rollout.root) > config.model.context:
-            self.overlong_seen += 1
+        if too_long := longest_context(rollout.root) > config.model.context:
             if self.overlong == "drop":
-                return []
+                return [], True
             for thread in rollout.threads():
                 packing.cut(thread, config.model.context)
-        return [piece for thread in rollout.threads() for piece in packing.segments(thread, config.train.length)]
+        pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, config.train.length)]
+        return pieces, too_long
 
     def next(self) -> TokenBatch:
         """The next batch, [M, R, T], weighted so that a sum over it is a mean over sampled ids."""
+        config = self.experiment.config
         self._packer.clear()
         index, offset = self.cursor
+        lost = 0
         while True:
             while offset < len(self._segments):
                 if not self._packer.add(self._segments[offset]):
                     self.cursor = (index, offset)
                     batch, _ = self._packer.batch()
                     weight = batch.weight / batch.sampled.sum()
-                    return split(batch._replace(weight=weight), self.experiment.config.train.micro_rows)
+                    return split(batch._replace(weight=weight), config.train.micro_rows)
                 offset += 1
+            lost = 0 if self._segments else lost + 1
+            if lost == MOST_LOST:
+                raise ValueError(
+                    f"none of {lost} demonstrations in a row fits model.context={config.model.context}: raise it"
+                )
+            self.overlong_before += self._too_long
             index, offset = index + 1, 0
-            self._segments = self._draw(index)
+            self._segments, self._too_long = self._draw(index)
 
 
 def train(experiment: Experiment, workdir: Workdir) -> None:
@@ -90,11 +112,11 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     config, mesh = experiment.config, experiment.mesh
     optimizer = experiment.optimizer()
     state = init_state(experiment.model, optimizer, mesh, jax.random.key(config.seed))
-    extra: dict[str, typing.Any] = {"cursor": (0, 0), "best": -1.0, "seconds": 0.0}
+    extra: dict[str, typing.Any] = {"cursor": (0, 0), "overlong": 0, "best": -1.0}
     if (restored := workdir.restore(state)) is not None:
         state, extra = restored
     train_step = make_train_step(experiment.model, optimizer, sft_loss, mesh)
-    stream = DemonstrationStream(experiment, tuple(extra["cursor"]))
+    stream = DemonstrationStream(experiment, tuple(extra["cursor"]), extra["overlong"])
     start, total = int(state.step), config.optimizer.steps
     progress = Progress(total, start, "step")
     clock, pending = time.monotonic(), []
@@ -102,15 +124,15 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         state, metrics = train_step(state, stream.next())
         pending.append(metrics)
         progress.update(step)
-        if step % config.train.log_every == 0 or step == total:
+        checkpoint = step % config.train.eval_every == 0 or step == total
+        if step % config.train.log_every == 0 or checkpoint:  # nothing is saved whose loss was not looked at
             values = _log(workdir, step, pending, clock, stream)
             rate = f"{values['tokens_per_second']:,.0f} tokens/s"
             progress.update(step, f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {rate}")
-            extra["seconds"] += time.monotonic() - clock
             clock, pending = time.monotonic(), []
-        if step % config.train.eval_every == 0 or step == total:
+        if checkpoint:
             _validate(experiment, workdir, state, step, extra)
-            workdir.save(step, state, {**extra, "cursor": stream.cursor})
+            workdir.save(step, state, {**extra, "cursor": stream.cursor, "overlong": stream.overlong_before})
             clock = time.monotonic()
     progress.close()
 
@@ -150,7 +172,7 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     with usage_errors():
         experiment = Experiment(config)
-        experiment.validation_set()
+        DemonstrationStream(experiment, (0, 0)).next()
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     size = f"{experiment.parameter_count() / 1e6:.2f}M parameters"
     print(f"{config.name}: {size}, {config.optimizer.steps} steps, in {workdir.path}", flush=True)

@@ -70,9 +70,18 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"train.steps={self.steps} must be above train.warmup_steps={self.warmup_steps} >= 0")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} and clip={self.clip} must be positive")
+            raise ValueError(
+                f"optimizer.steps={self.steps} must be above optimizer.warmup_steps={self.warmup_steps} >= 0"
+            )
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
+        for name in ("end_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -94,12 +103,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """Mesh over ("data", "fsdp", "tensor"); data = -1 takes what the others leave. ValueError if too large."""
-    count = jax.device_count()
-    if data == -1:
-        data = count // (fsdp * tensor)
-    if data < 1 or data * fsdp * tensor > count:
-        raise ValueError(f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} devices")
-    devices = np.asarray(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    count, others = jax.device_count(), fsdp * tensor
+    asked = f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} devices"
+    if fsdp < 1 or tensor < 1 or (data == -1 and count % others):
+        raise ValueError(asked)
+    data = count // others if data == -1 else data
+    if data < 1 or data * others > count:
+        raise ValueError(asked)
+    devices = np.asarray(jax.devices()[: data * others]).reshape(data, fsdp, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"))
 
 
@@ -170,8 +181,8 @@ def make_train_step(
 
         if batches.tokens.shape[0] == 1:
             grads, sums = micro(0)
-        else:  # micro-batches are filled from the front: skip the empty ones
-            used = jnp.any(batches.sampled, axis=(1, 2)).sum()
+        else:
+            used = _used(batches)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, 0))
             grads, sums = jax.lax.fori_loop(0, used, lambda m, total: jax.tree.map(jnp.add, total, micro(m)), zeros)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -192,11 +203,17 @@ def make_train_step(
     )
 
 
+def _used(batches: TokenBatch) -> Array:
+    """Number of micro-batches up to the last that has anything to train on; `stack` puts empty ones at the end."""
+    busy_M = jnp.any(batches.sampled, axis=(1, 2))
+    return jnp.max(jnp.where(busy_M, jnp.arange(1, busy_M.shape[0] + 1), 0))
+
+
 def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch], Array]:
     """Compiles (params, batch [M, R, T]) -> log-prob of every token [M, R, T]; empty micro-batches are skipped."""
 
     def score(params: typing.Any, batches: TokenBatch) -> Array:
-        used = jnp.any(batches.sampled, axis=(1, 2)).sum()
+        used = _used(batches)
 
         def one(m: Array, logp: Array) -> Array:
             batch = TokenBatch(*(field[m] for field in batches))

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 import typing
@@ -45,34 +46,61 @@ def usage_errors() -> Iterator[None]:
 
 def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
     """Runs an entry point under absl: quiet libraries, a compilation cache, usage errors without a traceback."""
-    try:
+    with _one_sentence(), _config_errors():
         define_flags()
-    except UsageError as error:
-        sys.exit(f"error: {error}")
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
-            sys.exit(f"error: unexpected argument {argv[1]!r}: flags are written --name=value")
+            _fail(f"unexpected argument {argv[1]!r}: flags are written --name=value")
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/apr-jax"))
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-        try:
+        with _one_sentence():
             main(argv)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
     app.run(guarded, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing, but a bad flag or config field is one sentence and exit status 2."""
-    try:
+    with _one_sentence(), _config_errors():
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        print(f"error: {str(error).strip()}", file=sys.stderr)
-        sys.exit(2)
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Ends the process with status 2 and one line on stderr where the user made a mistake."""
+    try:
+        yield
+    except UsageError as error:
+        _fail(str(error))
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """Says in one sentence what absl and ml_collections raise for a flag, a recipe or a config field that is wrong."""
+    try:
+        yield
+    except flags.Error as error:
+        # A recipe's own error arrives as the last line of a traceback.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)
+        raise UsageError(text) from error
+    except OSError as error:  # a recipe that is not there
+        raise UsageError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        field = re.search(r"'(\w+)\\?'", str(error))
+        named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
+        if not named:
+            raise
+        guess = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
+        raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Workdir:
@@ -85,10 +113,9 @@ class Workdir:
         """
         self.path = pathlib.Path(path).absolute()
         wanted = json.loads(config.to_json())
-        with usage_errors():
+        try:
             if (self.path / "config.json").exists():
-                held = read_config(self.path)
-                if changed := sorted(_differences(held, wanted)):
+                if changed := sorted(_differences(read_config(self.path), wanted)):
                     raise UsageError(
                         f"{path} holds a run with another configuration ({', '.join(changed)}): "
                         "choose another --workdir, or remove that one"
@@ -99,6 +126,8 @@ class Workdir:
             if not os.access(self.path, os.W_OK):
                 raise UsageError(f"{path} cannot be written: choose another --workdir")
             (self.path / "config.json").write_text(json.dumps(wanted, indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written ({error}): choose another --workdir") from error
         self._latest = _manager(self.path / "checkpoints", "state", "extra")
         self._best = _manager(self.path / "best", "params", "result")
         self._writer: SummaryWriter | None = None
@@ -111,6 +140,7 @@ class Workdir:
     def restore(self, like: typing.Any) -> tuple[typing.Any, dict] | None:
         """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir."""
         if (step := self._latest.latest_step()) is None:
+            self._forget_after(0)
             return None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
         restored = self._latest.restore(step, args=args)
@@ -145,8 +175,8 @@ class Workdir:
         """Drops log lines later than the checkpoint: the resumed run writes them again."""
         log = self.path / "metrics.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in lines))
+            whole = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def _manager(path: pathlib.Path, arrays: str, json: str) -> ocp.CheckpointManager:
@@ -161,7 +191,10 @@ def read_config(path: str | os.PathLike) -> dict:
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
         raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(f"{file} cannot be read ({error}): restore it, or choose another --workdir") from error
 
 
 def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, dict]:

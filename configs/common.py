@@ -82,7 +82,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         )
     )
     if preset in ("gpu", "paper"):
-        config.model.dtype = "bfloat16"
+        config.model.dtype, config.model.tied = "bfloat16", False  # Llama 2's head is its own
     if preset == "paper":
         config.optimizer.beta2 = 0.999
     return config.lock()

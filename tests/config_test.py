@@ -121,7 +121,7 @@ def test_presets_are_those_of_the_design(preset):
 def test_the_paper_preset_has_the_papers_parameters():
     """18 layers of attention 4 x 1024^2, SwiGLU 3 x 1024 x 2752 and two scales of 1024, and a last scale."""
     experiment = Experiment(apr.get_config("paper"))
-    embedding = experiment.tokenizer.vocab_size * 1024
+    embedding = 2 * experiment.tokenizer.vocab_size * 1024  # and the head, which is not tied
     by_hand = 18 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 1024
     assert experiment.parameter_count() - embedding == by_hand == 227_709_952  # "228M"
 
@@ -169,7 +169,7 @@ def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
     step = make_train_step(experiment.model, optimizer, sft.sft_loss, experiment.mesh)
     state, metrics = step(state, batch)
     assert int(state.step) == 1
-    assert float(metrics["loss"]) == pytest.approx(np.log(experiment.tokenizer.vocab_size), rel=0.1)
+    assert float(metrics["loss"]) == pytest.approx(np.log(experiment.tokenizer.vocab_size), abs=1)
     assert 0 < float(metrics["grad_norm"]) < 100
     moved = jax.tree.map(lambda old, new: bool((old != np.asarray(new)).any()), before, state.params)
     assert all(jax.tree.leaves(moved))

@@ -80,11 +80,24 @@ def test_a_summary_by_hand():
     assert summary["throughput_ms"] == pytest.approx(200)
 
 
+def test_accuracy_by_context_window_by_hand():
+    """Contexts of 60 and 110, both right, and one of 13 that is wrong: a window counts what fits it."""
+    rollouts = [
+        rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 0.0),
+        rollout_of(True, [100], [], parallel_runtime.END, 0.0),
+        rollout_of(False, [3], [], parallel_runtime.END, 0.0),
+    ]
+    windows = evaluate.windows(rollouts, 160)
+    assert list(windows) == ["40", "60", "80", "120", "160"]
+    assert [window[0] for window in windows.values()] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert windows["80"][1:] == list(evaluate.wilson(1, 3))
+
+
 def test_the_table_names_every_figure():
-    text = evaluate.table(
-        {**evaluate.summarize([rollout_of(True, [20], [], parallel_runtime.END, 40.0)], 1.0), "demonstrator": 0.75}
-    )
-    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0"):
+    rollouts = [rollout_of(True, [20], [], parallel_runtime.END, 40.0)]
+    windows = evaluate.windows(rollouts, 64)
+    text = evaluate.table({**evaluate.summarize(rollouts, 1.0), "windows": windows, "demonstrator": 0.75})
+    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000"):
         assert figure in text
 
 

@@ -149,6 +149,9 @@ def test_a_call_that_sampled_nothing_needs_no_room() -> None:
         ([P, P, L, S], 2, [4] * 4)
     ]
     assert segments(joined, 8)[0].thread is joined
+    assert segments(joined, 100)[0].tokens == [P, P, L, S]
+    calls = [Call(0, [P, P], [L, S], stop=pr.SPAWN), Call(3, [J], [R, S], stop=pr.SPAWN), Call(4, [J] * 9)]
+    assert [piece.tokens for piece in segments(Thread((), calls), 6)] == [[P, P, L, S], [P, P, L, J, R, S]]
     assert segments(Thread((0, 0), [Call(0, [P] * 9, stop=pr.CONTEXT)]), 8) == []
 
 

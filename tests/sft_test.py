@@ -87,7 +87,7 @@ def test_the_log_has_every_step_once_and_the_loss_falls(smoke_run):
     vocabulary = Tokenizer(apr.get_config("smoke").number_limit).vocab_size
     assert [line["step"] for line in training] == list(range(1, 21))
     assert [line["step"] for line in lines if "heldout_accuracy" in line] == [10, 20]
-    assert training[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.02)
+    assert training[0]["loss"] == pytest.approx(math.log(vocabulary), abs=1)
     assert training[-1]["loss"] < 0.9 * training[0]["loss"]
     assert all(line["sampled_tokens"] > 0 and 0 <= line["overlong"] <= 1 for line in training)
 
@@ -96,7 +96,9 @@ def test_eval_json_describes_the_evaluation_and_every_problem_in_order(smoke_run
     (entry,) = json.loads((smoke_run.path / "eval.json").read_text())
     results = entry.pop("results")
     assert entry == json.loads(smoke_run.ended.out.splitlines()[-1])
-    expected = Experiment(tiny_config()).test_set()  # the same problems whatever the model
+    config = apr.get_config("smoke")
+    config.mesh.data = 1  # the same problems whatever the devices
+    expected = Experiment(config).test_set()
     assert [(result["numbers"], result["target"]) for result in results] == [
         (list(problem.numbers), problem.target) for problem in expected
     ]

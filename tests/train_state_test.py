@@ -502,7 +502,7 @@ def test_a_mesh_takes_the_devices_it_is_told_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(16, 1, 1), (4, 4, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1), (1, 0, 1), (-1, 0, 1), (1, -1, -1)]
+    "shape", [(16, 1, 1), (4, 4, 1), (0, 1, 1), (-2, 1, 1), (-1, 16, 1), (-1, 3, 1), (1, 0, 1), (-1, 0, 1), (1, -1, -1)]
 )
 def test_a_mesh_that_does_not_fit_is_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"mesh of .* does not fit 8 devices"):

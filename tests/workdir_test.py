@@ -150,11 +150,11 @@ def test_a_line_that_a_kill_cut_short_does_not_stop_the_resume(tmp_path):
 
 def test_the_best_parameters_come_back_with_what_they_reached(tmp_path):
     run = Workdir(tmp_path, config())
-    for step, accuracy in ((5, 0.25), (10, 0.5), (10, 0.5)):  # the second 10 is a resumed run's
-        run.save_best(step, tree(step), {"validation_accuracy": accuracy})
+    for step, accuracy in ((5, 0.25), (10, 0.5), (10, 0.75)):  # the second 10 is a resumed run's, and counts
+        run.save_best(step, tree(accuracy), {"validation_accuracy": accuracy})
     params, result = workdir.load_best(tmp_path, tree(0))
-    jax.tree.map(np.testing.assert_array_equal, params, tree(10))
-    assert result == {"validation_accuracy": 0.5, "step": 10}
+    jax.tree.map(np.testing.assert_array_equal, params, tree(0.75))
+    assert result == {"validation_accuracy": 0.75, "step": 10}
 
 
 def test_no_best_parameters_yet(tmp_path):
