@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -161,7 +162,8 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.temperature, 0, 1.0)
         return Sampler(experiment.model, params, settings, ())
 
-    rollouts, index = [], 0
+    rollouts: list[typing.Any] = []
+    index = 0
     while len(rollouts) < args.problems:
         rollout = experiment.demonstration("train", 0, index)
         index += 1
@@ -219,11 +221,16 @@ def serve_peer(args: argparse.Namespace) -> None:
 
     figures: dict[str, typing.Any] = {"equal_tokens_per_s": {}}
     for rows in work["equal_rows"]:
-        seconds = best(args.repeats, lambda rows=rows: generate([[PROMPT, NEW]] * rows))
+        seconds = best(args.repeats, functools.partial(generate, [[PROMPT, NEW]] * rows))
         figures["equal_tokens_per_s"][rows] = rows * NEW / seconds
     calls, rows = work["calls"], work["rows"]
     batches = [calls[start : start + rows] for start in range(0, len(calls), rows)]
-    seconds = best(1, lambda: [generate(batch) for batch in batches])
+
+    def all_batches() -> None:
+        for batch in batches:
+            generate(batch)
+
+    seconds = best(1, all_batches)
     figures["rollouts_tokens_per_s"] = sum(new for _, new in calls) / seconds
     print(json.dumps(figures))
 
