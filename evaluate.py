@@ -4,12 +4,14 @@
     python evaluate.py --workdir=runs/apr                 # your own
     python evaluate.py --problems=problems.json           # [{"numbers": [7, 2, 19], "target": 31}, ...]
     python evaluate.py --numbers=7,2,19 --target=31       # one problem, its threads printed as they run
+        --record=trace.json                               # ... and its record written, for figures.py
     python evaluate.py --config.sampler.temperature=1.0   # any field of the run's own config can be set
 
   1. Read the run's config and its best parameters.
   2. Run every problem through `parallel_runtime` on one `sampler.Sampler`.
   3. Grade each rollout with the one exact grader (`solver.Countdown.grade`).
-  4. Print a table, write eval.json (a summary per method and budget, with every
+  4. Name the fault that each failed rollout failed by (`verifier.explain`).
+  5. Print a table, write eval.json (a summary per method and budget, with every
      problem's result in order), and print the summary as the last line.
 
 Intervals are Wilson's 95 % score intervals of a share.
@@ -28,6 +30,7 @@ import re
 import sys
 import time
 import typing
+from collections import Counter
 from collections.abc import Sequence
 
 from absl import flags
@@ -35,11 +38,12 @@ from ml_collections import ConfigDict, config_flags
 
 import parallel_runtime
 import solver
+import verifier
 from experiment import Experiment
 from parallel_runtime import Request, Rollout, Thread
 from solver import Problem
 from tokenizer import Tokenizer
-from workdir import UsageError, launch, load_best, read_config, usage_errors
+from workdir import UsageError, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 RESULTS = ("total_tokens", "sequential_tokens", "children", "longest_context", "milliseconds", "truncated", "malformed")
@@ -104,12 +108,14 @@ def report(
     started = time.monotonic()
     rollouts = experiment.solve(params, problems)
     summary = summarize(rollouts, time.monotonic() - started)
+    failures = [fault.kind if (fault := verifier.explain(r, experiment.tokenizer)) else "" for r in rollouts]
     summary = {
         "method": config.demonstrator.method,
         "budget": "free",
         "temperature": config.sampler.temperature,
         "context": config.model.context,
         **summary,
+        "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
         "windows": windows(rollouts, config.model.context),
         "demonstrator": demonstrators_accuracy(experiment, problems),
         "seed": config.evaluation.seed,
@@ -127,11 +133,12 @@ def report(
             "correct": rollout.grade.correct,
             "reason": rollout.grade.reason,
             "answer": list(rollout.grade.answer),
+            "failure": failure,
             **parallel_runtime.metrics(rollout),
         }
-        for rollout in rollouts
+        for rollout, failure in zip(rollouts, failures, strict=True)
     ]
-    (output / "eval.json").write_text(json.dumps([{**summary, "results": results}], indent=1) + "\n")
+    write_json(output / "eval.json", [{**summary, "results": results}])
     print(json.dumps(summary))
     return summary
 
@@ -142,6 +149,7 @@ def table(summary: dict) -> str:
     rows = [
         ("accuracy", f"{summary['accuracy']:.3f}  (95 % {low:.3f}-{high:.3f}, {summary['correct']}/{summary['n']})"),
         ("demonstrator, same problems", f"{summary['demonstrator']:.3f}"),
+        ("failures", "  ".join(f"{kind}: {n:.3f}" for kind, n in [*summary["failures"].items()][:4]) or "none"),
         ("child threads per problem", f"{summary['children']:.2f}"),
         ("total tokens per problem", f"{summary['total_tokens']:.0f}"),
         ("sequential tokens per problem", f"{summary['sequential_tokens']:.0f}"),
@@ -205,7 +213,7 @@ def _problem(entry: typing.Any, where: str) -> Problem:
     return problem
 
 
-def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> None:
+def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> Rollout:
     """Solves one problem and prints every call as it stops, then the verdict."""
 
     def watch(thread: Thread) -> None:
@@ -217,6 +225,7 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> N
     print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")
     costs = parallel_runtime.metrics(rollout)
     print(json.dumps({"correct": rollout.grade.correct, "answer": list(rollout.grade.answer), **costs}))
+    return rollout
 
 
 def stored_config(argv: Sequence[str]) -> ConfigDict:
@@ -232,6 +241,7 @@ def define_flags() -> None:
     flags.DEFINE_string("problems", None, "JSON file with a list of problems (default: the held-out set).")
     flags.DEFINE_list("numbers", None, "One problem: its numbers, comma-separated. Needs --target.")
     flags.DEFINE_integer("target", None, "One problem: its target. Needs --numbers.")
+    flags.DEFINE_string("record", None, "One problem: file to write its record to, for figures.py. Needs --numbers.")
     config_flags.DEFINE_config_dict("config", stored_config(sys.argv))
 
 
@@ -246,6 +256,8 @@ def main(_: list[str]) -> None:
         one = args.numbers is not None
         if one and not all(re.fullmatch(r"\s*-?[0-9]+\s*", number) for number in args.numbers):
             raise UsageError(f"--numbers must be whole numbers separated by commas, not {','.join(args.numbers)}")
+        if args.record and not one:
+            raise UsageError("--record goes with --numbers and --target: it keeps one problem")
         if one:
             entry = {"numbers": [int(number) for number in args.numbers], "target": args.target}
             problems = [_problem(entry, "the problem")]
@@ -253,7 +265,12 @@ def main(_: list[str]) -> None:
             problems = read_problems(args.problems) if args.problems else experiment.test_set()
     params, result = load_best(source, experiment.param_shapes())
     if one:
-        return solve_one(experiment, params, problems[0])
+        rollout = solve_one(experiment, params, problems[0])
+        if args.record:
+            trace = solver.stored(rollout, experiment.config.demonstrator.method, experiment.config.number_limit)
+            with usage_errors():
+                write_json(pathlib.Path(args.record), trace)
+        return
     output = pathlib.Path(args.output or (source if args.workdir else "runs/pretrained"))
     report(experiment, params, problems, output, result["step"])
 

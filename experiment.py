@@ -7,11 +7,15 @@ disk, so that a bad value is one sentence and nothing is half done.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import typing
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import solver
@@ -38,9 +42,10 @@ class Experiment:
         self.model = Decoder(self.model_config)
         self.limits = Limits(**config.limits)
         self.mesh = make_mesh(**config.mesh)
-        self.task = Countdown(self.tokenizer, d.method)
+        told = {name: None if value == -1 else value for name, value in config.prompt.items()}
+        self.task = Countdown(self.tokenizer, d.method, told["sub_calls"], told["tokens"])
         self.sampler_config = SamplerConfig(**config.sampler)
-        self.sampler_config.check(self.model_config, self.mesh.shape["data"])
+        self.sampler_config.check(self.model_config, self._sampler_mesh().size)
         self.optimizer()
         self._check()
         self._samplers: dict[float, Sampler] = {}
@@ -58,11 +63,6 @@ class Experiment:
         ):
             if config[section][field] < 1:
                 raise ValueError(f"{section}.{field}={config[section][field]} must be at least 1")
-        if config.train.length < config.model.context:
-            raise ValueError(
-                f"train.length={config.train.length} is shorter than model.context={config.model.context}: "
-                "a thread may fill the context, so rows must be at least as long"
-            )
         micro, data = config.train.micro_rows, mesh["data"] * mesh["fsdp"]
         if config.train.rows % micro or micro % data:
             raise ValueError(
@@ -110,18 +110,58 @@ class Experiment:
         count = self.config.evaluation.problems + self.config.train.eval_problems
         return solver.held_out_set(self.family, self.config.evaluation.seed, count)
 
+    def _sampler_mesh(self) -> Mesh:
+        """This process's devices: rows share nothing, so that every device is one more for the axis "data"."""
+        return Mesh(np.asarray(self.mesh.local_devices), ("data",))
+
     def runtime(
         self, params: typing.Any, temperature: float, watch: Callable[[Thread], None] | None = None
     ) -> Runtime:
         """A runtime that samples with these parameters; there is one sampler per temperature, compiled once."""
+        params = local(params)
         if temperature not in self._samplers:
             settings = dataclasses.replace(self.sampler_config, temperature=temperature)
             stop_ids = (self.task.end_id, self.task.spawn_id)
-            self._samplers[temperature] = Sampler(self.model, params, settings, stop_ids, self.mesh)
+            self._samplers[temperature] = Sampler(self.model, params, settings, stop_ids, self._sampler_mesh())
         self._samplers[temperature].update(params)
         return Runtime(self._samplers[temperature], self.task, self.limits, watch)
 
+    def rollouts(
+        self, params: typing.Any, temperature: float, requests: Sequence[Request], seed: Sequence[int]
+    ) -> list[Rollout]:
+        """Runs the requests, each process an equal share of them; every process gets all, in order."""
+        share = requests[jax.process_index() :: jax.process_count()]
+        return gather(self.runtime(params, temperature).run(share, seed))
+
     def solve(self, params: typing.Any, problems: Sequence[Problem]) -> list[Rollout]:
         """One rollout per problem, in order, at the config's temperature."""
-        runtime = self.runtime(params, self.config.sampler.temperature)
-        return runtime.run([Request(problem) for problem in problems], seed=(self.config.evaluation.seed,))
+        requests = [Request(problem) for problem in problems]
+        return self.rollouts(params, self.config.sampler.temperature, requests, (self.config.evaluation.seed,))
+
+
+def local(params: typing.Any) -> typing.Any:
+    """Parameters whole, as this process alone can use them: what other processes hold of them is fetched."""
+
+    def fetch(leaf: typing.Any) -> typing.Any:
+        here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
+        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, params)
+
+
+def gather(share: list) -> list:
+    """Item i of every process's list, then item i + 1: undoes `items[process::processes]`."""
+    count = jax.process_count()
+    if count == 1:
+        return share
+    packed = np.frombuffer(pickle.dumps(share), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(packed)))
+    padded = np.pad(packed, (0, sizes.max() - len(packed)))
+    shares = [
+        pickle.loads(data[:size].tobytes())
+        for data, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+    ]
+    items: list = [None] * sum(map(len, shares))
+    for process, own in enumerate(shares):
+        items[process::count] = own
+    return items

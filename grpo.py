@@ -161,14 +161,13 @@ def collect(experiment: Experiment, params: typing.Any, step: int, cursor: int) 
     "drop" leaves groups of equal rewards out, "refill" replaces them by fresh problems, for a few rounds.
     """
     config = experiment.config.grpo
-    runtime = experiment.runtime(params, config.temperature)
     groups: list[list[Rollout]] = []
     for _ in range(REFILL_ROUNDS if config.dead_groups == "refill" else 1):
         count = config.problems - len(groups)
         drawn = [experiment.problem("train", experiment.config.seed, cursor + i) for i in range(count)]
         cursor += count
         requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
-        rollouts = runtime.run(requests, seed=(experiment.config.seed, step))
+        rollouts = experiment.rollouts(params, config.temperature, requests, (experiment.config.seed, step))
         fresh = [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
         if config.dead_groups != "keep":
             fresh = [group for group in fresh if len({reward(rollout, config) for rollout in group}) > 1]
@@ -187,8 +186,8 @@ def make_batches(
     rollouts = [rollout for group in collected.groups for rollout in group]
     owner = {id(thread): number for number, rollout in enumerate(rollouts) for thread in rollout.threads()}
     weights = weigh(rollouts, config.grpo.aggregate, config.grpo.rollout_constant)
-    pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.train.length)]
-    batches, where = pack_all(pieces, config.train.micro_rows, config.train.length)
+    pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.model.context)]
+    batches, where = pack_all(pieces, config.train.micro_rows, config.model.context)
     for number, row, columns, piece in where:
         rollout = owner[id(piece.thread)]
         pairs = [weights[rollout].get((id(piece.thread), call), (0.0, 0.0)) for call in piece.calls]
@@ -353,7 +352,7 @@ def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
     combined = ConfigDict(read_config(start))
     combined.name = f"{config.name}-{combined.name}"
     with combined.unlocked():
-        for field in ("seed", "grpo", "optimizer", "evaluation"):
+        for field in ("seed", "grpo", "optimizer", "prompt", "evaluation"):
             combined[field] = config[field]
         combined.train.eval_problems = config.eval_problems
         combined.limits = config.limits

@@ -7,16 +7,18 @@ large (the history); every device call is a pure function of both.
   prefill  1. rewind the row to `keep` ids, append the fill's ids;
            2. feed those that are not cached yet, but for the last one, in chunks of
               a few fixed lengths, several rows per call; nothing else is fed.
-  decode   3. gather the histories of the active rows into a view of `bucket`-sized
+  decode   3. part the active rows into groups of like length, small enough for a CPU's
+              cache, and gather the histories of a group into a view of `bucket`-sized
               steps, as long as the longest of them: compute follows the active
               rows and their length, not the number of rows and the context;
-           4. burst: a `while_loop` feeds each row its last id and draws the next one.
+           4. burst, group by group: a `while_loop` feeds each row its last id and draws the next one.
               New keys and values go into a tail which all rows write at the same
               column (cheap), attention looks at view and tail. A row is done at a
               stop id or at its limit; the burst ends after `burst` steps, or when
               an eighth of its rows are done;
            5. flush the tail into the histories, each row's at its own length;
-           6. the host reads ids and log-probs, and repeats until a row has stopped.
+           6. the host reads ids and log-probs of a group while the next one decodes,
+              and repeats until a row has stopped.
 
 The last id of a row is never fed before there is something to draw after it, so a
 row that stopped holds one id more than its cache, and a fill of a single id needs
@@ -41,7 +43,7 @@ import functools
 import itertools
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +67,16 @@ PREFILL_COLUMNS = ("row", "length")
 class SamplerConfig:
     """How many rows there are and how they are sampled. Raises ValueError on values that make no sense."""
 
-    rows: int  # threads decoded side by side, over all devices
+    rows: int  # threads decoded side by side, over all devices of a process
     burst: int  # most decode steps per device call
     bucket: int  # histories are viewed in multiples of this many slots
+    view: int  # most slots, rows x length, that one device call views: on a CPU as many as its cache holds
     temperature: float  # 0 is greedy
     top_k: int  # sample from the k most likely ids; 0 is off
     top_p: float  # sample from the most likely ids that together have this probability; 1 is off
 
     def __post_init__(self) -> None:
-        for field in ("rows", "burst", "bucket"):
+        for field in ("rows", "burst", "bucket", "view"):
             if getattr(self, field) < 1:
                 raise ValueError(f"sampler.{field} must be at least 1, not {getattr(self, field)}")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -366,8 +369,9 @@ class Sampler:
 
     def warmup(self) -> None:
         """Compiles the device functions for every combination of buckets; otherwise each compiles when first used."""
-        for slots, size in itertools.product(self.slot_buckets, self.row_buckets):
-            self._run_decode(self._layout([], size, len(DECODE_COLUMNS))[0], slots)
+        for slots in self.slot_buckets:
+            for size in self.row_buckets[: self.row_buckets.index(self._most(slots)) + 1]:
+                jax.block_until_ready(self._run_decode(self._layout([], size, len(DECODE_COLUMNS))[0], slots))
         sizes = [size for size in PREFILL_ROWS if size <= self.per_device]
         for slots, size, length in itertools.product(self.prefill_slots, sizes, self.prefill_lengths):
             rows, _ = self._layout([], size, len(PREFILL_COLUMNS))
@@ -377,9 +381,9 @@ class Sampler:
         self._history = self._prefill(self._params, self._history, *self._put(rows, ids), slots=slots)
         jax.block_until_ready(self._history)
 
-    def _run_decode(self, rows: np.ndarray, slots: int) -> list[np.ndarray]:
+    def _run_decode(self, rows: np.ndarray, slots: int) -> tuple[Array, ...]:
         self._history, drawn = self._decode(self._params, self._history, *self._put(rows), slots=slots)
-        return jax.device_get(drawn)
+        return drawn
 
     def prefill(self, fills: list[Fill]) -> None:
         """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
@@ -465,31 +469,54 @@ class Sampler:
         active = [number for number, row in enumerate(self._rows) if row.limit]
         stopped: list[Stopped] = []
         while active and not stopped:
-            self._burst(active)
+            self._bursts(active)
             stopped = [self._rows[number].drew for number in active if not self._rows[number].limit]
         return stopped
 
-    def _burst(self, active: list[int]) -> None:
-        """One device call for the active rows, and what it drew."""
+    def _bursts(self, active: list[int]) -> None:
+        """A burst of every active row, group by group, and what they drew."""
         begin = time.perf_counter()
-        most = max(collections.Counter(number // self.per_device for number in active).values())
-        rows, order = self._layout(active, _fit(self.row_buckets, most), len(DECODE_COLUMNS))
+        groups = [self._decode_call(*group) for group in self._groups(active)]
+        called = time.perf_counter()
+        for size, order, drawn in groups:
+            count, *outputs = jax.device_get(drawn)  # the next groups decode while this one is booked
+            returned = time.perf_counter()
+            for place, number in order:
+                self._book(number, count[place], *(x[place] for x in outputs))
+            self.counters["decode_steps"] += int(count.max())
+            self.counters["row_steps"] += int(count.max()) * size
+            self.counters["decode_tokens"] += int(count.sum())
+        self.counters["bursts"] += len(groups)
+        self.counters["decode_seconds"] += returned - called
+        self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
+
+    def _groups(self, active: list[int]) -> Iterator[tuple[list[int], int, int]]:
+        """Rows to decode in one call, how many that call takes per device, and how many slots it views."""
+        devices = [
+            sorted((n for n in active if n // self.per_device == device), key=lambda n: self._rows[n].cached)
+            for device in range(self.devices)
+        ]
+        while left := [rows for rows in devices if rows]:
+            slots = _fit(self.slot_buckets, max(self._rows[rows[-1]].cached for rows in left))
+            group = [rows[-self._most(slots) :] for rows in left]
+            for rows, taken in zip(left, group, strict=True):
+                del rows[-len(taken) :]
+            yield [n for taken in group for n in taken], _fit(self.row_buckets, max(map(len, group))), slots
+
+    def _most(self, slots: int) -> int:
+        """How many rows of this length one call takes per device."""
+        return max([size for size in self.row_buckets if size * slots <= self.config.view] or [1])
+
+    def _decode_call(
+        self, numbers: list[int], size: int, slots: int
+    ) -> tuple[int, list[tuple[int, int]], tuple[Array, ...]]:
+        """Starts a burst of some rows; returns rows computed, the place of every row, and what will be drawn."""
+        rows, order = self._layout(numbers, size, len(DECODE_COLUMNS))
         for place, number in order:
             row = self._rows[number]
             rows[place, 1:5] = row.cached, row.ids[-1], row.drawn, row.limit
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
-        slots = _fit(self.slot_buckets, max(self._rows[number].cached for number in active))
-        called = time.perf_counter()
-        count, *outputs = self._run_decode(rows, slots)
-        returned = time.perf_counter()
-        for place, number in order:
-            self._book(number, count[place], *(x[place] for x in outputs))
-        self.counters["bursts"] += 1
-        self.counters["decode_steps"] += int(count.max())
-        self.counters["row_steps"] += int(count.max()) * len(rows)
-        self.counters["decode_tokens"] += int(count.sum())
-        self.counters["decode_seconds"] += returned - called
-        self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
+        return len(rows), order, self._run_decode(rows, slots)
 
     def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled_logp: np.ndarray) -> None:
         """Notes what a row has drawn; one that has stopped gets the limit 0."""

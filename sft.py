@@ -58,7 +58,7 @@ class DemonstrationStream:
             raise ValueError(f"train.overlong must be 'drop' or 'cut', not {config.train.overlong!r}")
         self.experiment, self.overlong = experiment, config.train.overlong
         self.cursor, self.overlong_before = cursor, overlong_before
-        self._packer = Packer(config.train.rows, config.train.length)
+        self._packer = Packer(config.train.rows, config.model.context)
         self._segments, self._too_long = self._draw(cursor[0])
 
     @property
@@ -80,7 +80,7 @@ class DemonstrationStream:
                 return [], True
             for thread in rollout.threads():
                 packing.cut(thread, config.model.context)
-        pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, config.train.length)]
+        pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, config.model.context)]
         return pieces, too_long
 
     def next(self) -> TokenBatch:
@@ -146,7 +146,7 @@ def _log(workdir: Workdir, step: int, pending: list[dict], since: float, stream:
     if not values["loss"] < float("inf"):
         raise UsageError(f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate")
     config = stream.experiment.config
-    values["tokens_per_second"] = len(pending) * config.train.rows * config.train.length / seconds
+    values["tokens_per_second"] = len(pending) * config.train.rows * config.model.context / seconds
     values["sampled_tokens"] = sum(m["tokens"] for m in fetched) / len(fetched)
     values["overlong"] = stream.overlong_seen / stream.demonstrations
     workdir.log(step, values)

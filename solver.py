@@ -36,7 +36,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from absl import flags
 
@@ -477,7 +477,14 @@ def demonstration(
     return record(drawn, trace, Countdown(tokenizer, config.method, sub_calls, token_budget))
 
 
+def stored(rollout: Rollout, method: Method, number_limit: int) -> dict[str, Any]:
+    """What a trace file keeps: the record, and the `Tokenizer`'s limit to read its ids by (see figures.read_trace)."""
+    return {"method": method, "number_limit": number_limit, "rollout": dataclasses.asdict(rollout)}
+
+
 # ---------------------------------------------------------------- command line
+
+NUMBER_LIMIT = 10  # of the tokenizer here: digit by digit
 
 
 def _define_flags() -> flags.FlagValues:
@@ -486,7 +493,7 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("target", None, "The target.", flag_values=values)
     flags.DEFINE_enum("method", "apr", METHODS, "The demonstrator.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the demonstrator's choices.", flag_values=values)
-    flags.DEFINE_bool("json", False, "Print the record (ids) instead of the text.", flag_values=values)
+    flags.DEFINE_bool("json", False, "Print a trace file (the record) instead of the text.", flag_values=values)
     flags.DEFINE_string("grade", None, "Judge this path instead: exit status 0 if it is right.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
     return values
@@ -529,13 +536,13 @@ def main(arguments: Sequence[str]) -> int:
         grade = grade_path(problem, values.grade)
         print("correct" if grade.correct else grade.reason)
         return 0 if grade.correct else 1
-    tokenizer = Tokenizer(number_limit=10)
+    tokenizer = Tokenizer(NUMBER_LIMIT)
     beam, coin = ((1, 10), 0.9) if values.method == "apr" else ((1, 5), 0.5)  # the paper's
     config = DemonstratorConfig(values.method, beam, 15, coin, condition=0, token_bin=512)
     trace = demonstrate(problem, config, random.Random(values.seed))
     rollout = record(problem, trace, Countdown(tokenizer, values.method))
     if values.json:
-        print(json.dumps(dataclasses.asdict(rollout)))
+        print(json.dumps(stored(rollout, values.method, NUMBER_LIMIT)))
     else:
         _show(rollout, tokenizer)
     return 0

@@ -150,9 +150,10 @@ def start_state(optimizer: optax.GradientTransformation, params: typing.Any) -> 
 def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:
     """Log-prob, entropy and rank of every token of the batch."""
     logits, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.until)
-    probs = jax.nn.softmax(jax.lax.stop_gradient(logits[:, :-1]))
-    entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(probs + 1e-30), 0.0), axis=-1)
-    top = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
+    fixed = jax.lax.stop_gradient(logits[:, :-1])  # entropy and rank are figures, not losses
+    logsum = jax.nn.logsumexp(fixed, axis=-1)
+    entropy = logsum - jnp.sum(jnp.exp(fixed - logsum[..., None]) * fixed, axis=-1)
+    top = jnp.take_along_axis(fixed, batch.tokens[:, 1:, None], axis=-1)[..., 0] >= fixed.max(axis=-1)
     first = ((0, 0), (1, 0))
     return Outputs(token_logprobs(logits, batch.tokens), jnp.pad(entropy, first), jnp.pad(top, first))
 
@@ -194,13 +195,16 @@ def make_train_step(
 
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shardings = state_shardings(mesh, optimizer, shapes)
-    rows = NamedSharding(mesh, ROWS)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, TokenBatch(*[rows] * len(TokenBatch._fields))),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    compiled = jax.jit(
+        train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec()))
     )
+    return lambda state, batches: compiled(state, _spread(batches, mesh))
+
+
+def _spread(batches: TokenBatch, mesh: Mesh) -> TokenBatch:
+    """Host arrays [M, R, T], the same in every process, on the devices of the mesh."""
+    rows = NamedSharding(mesh, ROWS)
+    return TokenBatch(*(jax.make_array_from_callback(field.shape, rows, field.__getitem__) for field in batches))
 
 
 def _used(batches: TokenBatch) -> Array:
@@ -221,8 +225,8 @@ def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch],
 
         return jax.lax.fori_loop(0, used, one, jnp.zeros(batches.tokens.shape, jnp.float32))
 
-    rows = NamedSharding(mesh, ROWS)
-    return jax.jit(score, in_shardings=(None, TokenBatch(*[rows] * len(TokenBatch._fields))), out_shardings=rows)
+    compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda params, batches: compiled(params, _spread(batches, mesh))
 
 
 def split(batch: TokenBatch, micro_rows: int) -> TokenBatch:

@@ -9,6 +9,9 @@ A workdir holds
     best/            the parameters with the best held-out accuracy so far: what evaluation and GRPO start from
 
 A directory with another configuration's run is refused, never overwritten.
+
+Several processes (`--distributed`) share one directory: all of them save and restore the arrays they
+hold, and the first alone writes everything else and prints.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import jax
 import orbax.checkpoint as ocp
 import tqdm
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
@@ -48,6 +52,9 @@ def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) 
     """Runs an entry point under absl: quiet libraries, a compilation cache, usage errors without a traceback."""
     with _one_sentence(), _config_errors():
         define_flags()
+    flags.DEFINE_string(
+        "distributed", None, "One of several processes: auto (TPU pod, SLURM, Open MPI), or ADDRESS:PORT,COUNT,INDEX."
+    )
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -57,9 +64,26 @@ def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) 
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         with _one_sentence():
+            _join_others(flags.FLAGS.distributed)
             main(argv)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _join_others(distributed: str | None) -> None:
+    """Connects the processes of a run as `--distributed` says; all but the first fall silent."""
+    if distributed is None:
+        return
+    form = re.fullmatch(r"(\S+:[0-9]+),([0-9]+),([0-9]+)", distributed)
+    if not form and distributed != "auto":
+        raise UsageError(f"--distributed must be auto or ADDRESS:PORT,COUNT,INDEX, not {distributed!r}")
+    with usage_errors():
+        if form:
+            jax.distributed.initialize(form[1], int(form[2]), int(form[3]))
+        else:
+            jax.distributed.initialize()
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -112,6 +136,7 @@ class Workdir:
         Raises UsageError if it holds another run, something else, or cannot be written.
         """
         self.path = pathlib.Path(path).absolute()
+        self._first = jax.process_index() == 0
         wanted = json.loads(config.to_json())
         try:
             if (self.path / "config.json").exists():
@@ -125,7 +150,8 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise UsageError(f"{path} cannot be written: choose another --workdir")
-            (self.path / "config.json").write_text(json.dumps(wanted, indent=1) + "\n")
+            multihost_utils.sync_global_devices("everyone has looked")
+            write_json(self.path / "config.json", wanted)
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error}): choose another --workdir") from error
         self._latest = _manager(self.path / "checkpoints", "state", "extra")
@@ -156,6 +182,8 @@ class Workdir:
 
     def log(self, step: int, values: dict) -> None:
         """Appends numbers to metrics.jsonl and to TensorBoard."""
+        if not self._first:
+            return
         if self._writer is None:
             self._writer = SummaryWriter(str(self.path))
         values = {name: float(value) for name, value in values.items()}
@@ -165,16 +193,10 @@ class Workdir:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def write_json(self, name: str, value: typing.Any) -> None:
-        """Writes a result file, whole or not at all."""
-        temporary = self.path / (name + ".part")
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        temporary.replace(self.path / name)
-
     def _forget_after(self, step: int) -> None:
         """Drops log lines later than the checkpoint: the resumed run writes them again."""
         log = self.path / "metrics.jsonl"
-        if log.exists():
+        if self._first and log.exists():
             whole = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
             log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
@@ -184,6 +206,14 @@ def _manager(path: pathlib.Path, arrays: str, json: str) -> ocp.CheckpointManage
     handlers = {arrays: ocp.StandardCheckpointHandler(), json: ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(path, options=options, item_names=(arrays, json), item_handlers=handlers)
+
+
+def write_json(path: pathlib.Path, value: typing.Any) -> None:
+    """Writes a file, whole or not at all; of several processes the first does."""
+    if jax.process_index() == 0:
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(path)
 
 
 def read_config(path: str | os.PathLike) -> dict:

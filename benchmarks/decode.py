@@ -15,12 +15,15 @@ run
 transformers' `generate` with the same model shape, in a process of its own, on
 the same rows and on the same calls in batches, each padded to its longest and
 with its whole context sent again after a join; only ids that were asked for count.
+A second peer for rows of equal length is llama.cpp's `llama-batched-bench` on a
+random model of the same shape in float32 (it samples nothing: its ids are given).
 Rates are the best of `--repeats` runs, compilation excluded.
 
 Prints as its last line one JSON object.
 
 Run: python -m benchmarks.decode
      python -m benchmarks.decode --peer=PYTHON  # one with torch and transformers
+     python -m benchmarks.decode --llama-bench=PROGRAM  # llama-batched-bench; needs the gguf package
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -159,7 +163,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     params = init_params(experiment.model, jax.random.key(0))
 
     def engine(rows: int) -> typing.Any:
-        settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.temperature, 0, 1.0)
+        settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.view, args.temperature, 0, 1.0)
         return Sampler(experiment.model, params, settings, ())
 
     rollouts: list[typing.Any] = []
@@ -242,15 +246,75 @@ def peer(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[str, typ
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def write_gguf(path: pathlib.Path, shape: dict[str, typing.Any]) -> None:
+    """A random Llama of this shape in llama.cpp's file format, without a vocabulary's text."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(shape["context"])
+    writer.add_embedding_length(shape["width"])
+    writer.add_block_count(shape["layers"])
+    writer.add_feed_forward_length(shape["mlp_width"])
+    writer.add_head_count(shape["heads"])
+    writer.add_head_count_kv(shape["kv_heads"])
+    writer.add_rope_dimension_count(shape["head_width"])
+    writer.add_rope_freq_base(shape["rope_theta"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(shape["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    rng = np.random.default_rng(0)
+    width, mlp = shape["width"], shape["mlp_width"]
+    queries, keys = (shape[heads] * shape["head_width"] for heads in ("heads", "kv_heads"))
+    matrices = {
+        "attn_q": (queries, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, queries),
+        "ffn_gate": (mlp, width),
+        "ffn_up": (mlp, width),
+        "ffn_down": (width, mlp),
+    }
+    tensors = {"token_embd": (shape["vocab_size"], width), "output_norm": (width,)}
+    for layer in range(shape["layers"]):
+        tensors |= {f"blk.{layer}.{name}": size for name, size in matrices.items()}
+        tensors |= {f"blk.{layer}.{name}_norm": (width,) for name in ("attn", "ffn")}
+    for name, size in tensors.items():
+        values = np.ones(size) if len(size) == 1 else rng.normal(0, 0.02, size)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[int, float]:
+    """Rows -> sampled tokens per second of llama.cpp's parallel slots, prompts included in the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.gguf"
+        write_gguf(path, work["shape"])
+        slots = max(work["equal_rows"]) * (PROMPT + NEW)
+        command = [args.llama_bench, "-m", str(path), "-c", str(slots), "-ctk", "f32", "-ctv", "f32"]
+        command += ["-t", str(args.threads), "-npp", str(PROMPT), "-ntg", str(NEW), "--output-format", "jsonl"]
+        command += ["-npl", ",".join(map(str, work["equal_rows"]))]
+        runs = [subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True) for _ in range(args.repeats)]
+    rates: dict[int, float] = {}
+    for line in (json.loads(line) for run in runs for line in run.stdout.splitlines() if line.startswith("{")):
+        rows = line["pl"]
+        rates[rows] = max(rates.get(rows, 0.0), rows * NEW / (line["t_pp"] + line["t_tg"]))
+    return rates
+
+
 def parse() -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(problems=100, rows=64, burst=32, repeats=3, threads=2).items():
+    for name, value in dict(problems=100, rows=64, burst=32, view=2048, repeats=3, threads=2).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--equal-rows", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--peer", default="", help="python of an environment with torch and transformers")
+    parser.add_argument("--llama-bench", default="", help="llama.cpp's program llama-batched-bench")
     parser.add_argument("--serve-peer", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -261,6 +325,8 @@ def main(args: argparse.Namespace) -> None:
     if args.peer:
         figures["peer"] = peer(args, work)
         figures["over_peer"] = figures["refill"]["tokens_per_s"] / figures["peer"]["rollouts_tokens_per_s"]
+    if args.llama_bench:
+        figures["llama_cpp_equal_tokens_per_s"] = llama_cpp(args, work)
     print(json.dumps(figures, default=float))
 
 

@@ -30,7 +30,14 @@ TRAINING = {
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
     "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
 }
-ROWS = {"smoke": 16, "laptop": 64, "desktop": 64, "gpu": 512, "paper": 256}
+# Preset -> threads decoded side by side, and history slots (rows x length) per device call: all, but on a CPU.
+SAMPLING = {
+    "smoke": (16, 8192),
+    "laptop": (64, 2048),
+    "desktop": (64, 1024),
+    "gpu": (512, 512 * 2048),
+    "paper": (256, 256 * 4096),
+}
 PRESETS = tuple(FAMILIES)
 
 
@@ -39,6 +46,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     steps, rows, micro_rows, learning_rate, warmup_steps, eval_every, eval_problems = TRAINING[preset]
+    rollout_rows, view = SAMPLING[preset]
     config = ConfigDict(
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
@@ -57,9 +65,8 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             number_limit=10 if preset in ("gpu", "paper") else 500,
             model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, dtype="float32"),
             train=dict(
-                rows=rows,  # packed rows per update
+                rows=rows,  # per update: a row is packed with threads up to model.context
                 micro_rows=micro_rows,  # rows per forward pass; on a CPU few rows stay in its cache
-                length=MODELS[preset]["context"],  # tokens per row
                 overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
                 log_every=max(1, steps // 100),
                 eval_every=eval_every,  # also checkpoints
@@ -75,8 +82,9 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 beta1=0.9,
                 beta2=0.99,
             ),
+            prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of (`condition`); -1 is none
             limits=dict(children=16, spawns=16, depth=1, thread_tokens=4096, rollout_tokens=65536),
-            sampler=dict(rows=ROWS[preset], burst=32, bucket=64, temperature=0.0, top_k=0, top_p=1.0),
+            sampler=dict(rows=rollout_rows, burst=32, bucket=64, view=view, temperature=0.0, top_k=0, top_p=1.0),
             evaluation=dict(problems=16 if preset == "smoke" else 500, seed=0),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
         )

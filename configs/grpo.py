@@ -60,6 +60,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
                 beta1=0.9,
                 beta2=0.99,
             ),
+            prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of; -1 is none
             limits=dict(children=16, spawns=16, depth=1, thread_tokens=4096, rollout_tokens=65536),
             rows=p["rows"],  # of the sampler
             eval_problems=8 if preset == "smoke" else 200,

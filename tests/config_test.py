@@ -115,7 +115,7 @@ def test_presets_are_those_of_the_design(preset):
         targets,
     )
     assert least <= experiment.parameter_count() <= most
-    assert experiment.config.model.context == experiment.config.train.length == context
+    assert experiment.config.model.context == context
 
 
 def test_the_paper_preset_has_the_papers_parameters():
@@ -186,7 +186,6 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
             "mesh.data": 1,
             "model.layers": 1,
             "model.context": 128,
-            "train.length": 128,
             "train.rows": 1,
             "train.micro_rows": 1,
             "train.eval_problems": 1,
@@ -229,7 +228,7 @@ def test_every_field_is_named_by_the_code(name):
 
 
 def test_presets_cover_the_same_sections():
-    for table in (common.FAMILIES, common.MODELS, common.TRAINING, common.ROWS):
+    for table in (common.FAMILIES, common.MODELS, common.TRAINING, common.SAMPLING):
         assert tuple(table) == PRESETS
 
 

@@ -92,7 +92,7 @@ def calls(rollouts: list[Rollout]) -> list[tuple]:
 def run(setting, devices: int, rows: int, temperature: float) -> list[Rollout]:
     experiment, params, requests = setting
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    config = SamplerConfig(rows=rows, burst=16, bucket=64, temperature=temperature, top_k=0, top_p=1.0)
+    config = SamplerConfig(rows=rows, burst=16, bucket=64, view=1024, temperature=temperature, top_k=0, top_p=1.0)
     stop_ids = (experiment.task.end_id, experiment.task.spawn_id)
     engine = Sampler(experiment.model, params, config, stop_ids, mesh)
     return Runtime(engine, experiment.task, experiment.limits).run(requests, seed=(0,))

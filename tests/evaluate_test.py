@@ -376,8 +376,9 @@ BAD_COMMANDS = {
     "field": (["--config.model.widht=48"], "widht"),
     "type": (["--config.sampler.temperature=warm"], "temperature"),
     "temperature": (["--config.sampler.temperature=-1"], "temperature"),
-    "context": (["--config.model.context=8", "--config.train.length=8"], "context"),
+    "context": (["--config.model.context=8"], "context"),
     "file": (["--problems=nothing.json"], "nothing.json"),
+    "record": (["--record=trace.json"], "--record goes with --numbers"),
 }
 
 

@@ -38,7 +38,6 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
         "problems.count": 4,
         "model.layers": 1,
         "model.context": CONTEXT,
-        "train.length": CONTEXT,
         "train.rows": 3,
         "train.micro_rows": 1,
         "train.log_every": 3,
@@ -170,7 +169,7 @@ def calls_until(config: ConfigDict, cursor: tuple[int, int]) -> collections.Coun
             for thread in rollout.threads():
                 packing.cut(thread, config.model.context)
         whole = index < cursor[0]
-        for calls in pieces(rollout, config.train.length)[: None if whole else cursor[1]]:
+        for calls in pieces(rollout, config.model.context)[: None if whole else cursor[1]]:
             counted.update(tuple(call.sampled) for call in calls if call.sampled)
     return counted
 

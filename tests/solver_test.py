@@ -630,8 +630,10 @@ def test_command_line_prints_threads(capsys):
 def test_command_line_prints_the_record(capsys):
     status, out, _ = command(capsys, *QUESTION, "--method=sosp", "--json")
     fields = json.loads(out)
-    assert status == 0 and fields["problem"] == {"numbers": [22, 26, 31, 53], "target": 27}
-    assert fields["root"]["calls"][0]["keep"] == 0
+    assert status == 0 and fields["method"] == "sosp" and fields["number_limit"] == 10
+    assert fields["rollout"]["problem"] == {"numbers": [22, 26, 31, 53], "target": 27}
+    (call,) = fields["rollout"]["root"]["calls"]
+    assert Tokenizer(10).decode(call["injected"]) == solver.root_prompt(Problem((22, 26, 31, 53), 27), "sosp")
 
 
 def test_command_line_grades(capsys):

@@ -179,11 +179,11 @@ def test_parameters_of_another_model_are_refused(tmp_path, like, words):
 
 
 def test_a_result_file_is_written_whole_or_not_at_all(tmp_path):
-    run = Workdir(tmp_path, config())
-    run.write_json("eval.json", {"n": 1})
+    path = tmp_path / "eval.json"
+    workdir.write_json(path, {"n": 1})
     with pytest.raises(TypeError):
-        run.write_json("eval.json", {"n": object()})
-    assert json.loads((tmp_path / "eval.json").read_text()) == {"n": 1}
+        workdir.write_json(path, {"n": object()})
+    assert json.loads(path.read_text()) == {"n": 1}
 
 
 # ------------------------------------------------------------------- progress
@@ -220,14 +220,13 @@ BAD_COMMANDS = {
     "no held-out problems": (["--config.evaluation.problems=0"], ["evaluation.problems"]),
     "no validation problems": (["--config.train.eval_problems=0"], ["train.eval_problems"]),
     "context too small for a prompt": (
-        ["--config.model.context=8", "--config.train.length=8"],
+        ["--config.model.context=8"],
         ["context", "prompt"],
     ),
     "context too small for any demonstration": (
-        ["--config.model.context=24", "--config.train.length=24"],
+        ["--config.model.context=24"],
         ["model.context", "demonstration"],
     ),
-    "rows shorter than the context": (["--config.train.length=256"], ["train.length=256", "model.context=512"]),
     "no rows": (["--config.train.rows=0"], ["train.rows"]),
     "no micro-batch": (["--config.train.micro_rows=0"], ["train.micro_rows"]),
     "micro-batches that leave rows over": (["--config.train.micro_rows=3"], ["train.micro_rows=3", "train.rows=4"]),

@@ -1,0 +1,90 @@
+"""Two processes are one: the same losses, the same best parameters, the same rollouts in problem order."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiment import Experiment
+from tests.conftest import ROOT
+from workdir import load_best, read_config
+
+SHORT = [
+    "--config=configs/apr.py:smoke",
+    "--config.model.layers=1",
+    "--config.sampler.rows=4",
+    "--config.sampler.bucket=512",
+    "--config.optimizer.steps=4",
+    "--config.optimizer.warmup_steps=1",
+    "--config.train.eval_every=2",
+    "--config.evaluation.problems=7",  # an odd number: the shares differ
+]
+
+
+def start(path: pathlib.Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
+    """A training of four steps on the host devices that `environment` gives it."""
+    command = [sys.executable, "sft.py", *SHORT, f"--workdir={path}", *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, environment) -> list[tuple[pathlib.Path, list[str]]]:
+    """(workdir, what each process printed) of one process with two devices, and of two with one each."""
+    root = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    groups = {
+        "one": [start(root / "one", two)],
+        "two": [start(root / "two", environment, f"--distributed=localhost:{port},2,{i}") for i in range(2)],
+    }
+    result = []
+    for name, processes in groups.items():
+        ended = [process.communicate(timeout=600) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), ended[-1][1]
+        result.append((root / name, [out for out, _ in ended]))
+    return result
+
+
+def test_only_the_first_process_prints(runs):
+    _, (first, second) = runs[1]
+    assert json.loads(first.splitlines()[-1])["n"] == 7
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+def test_two_processes_train_alike(runs):
+    logs = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path, _ in runs]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 2, 3, 4, 4]
+    for name in ("loss", "accuracy", "grad_norm", "heldout_accuracy", "heldout_children"):
+        one, two = ([line[name] for line in log if name in line] for log in logs)
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_two_processes_save_the_same_parameters(runs):
+    (one, _), (two, _) = [load_best(path, shapes(path)) for path, _ in runs]
+    for name in ("embedding",):
+        np.testing.assert_allclose(one[name], two[name], atol=1e-4)
+
+
+def shapes(path: pathlib.Path):
+    """Of the parameters of a run."""
+    from ml_collections import ConfigDict
+
+    config = ConfigDict(read_config(path))
+    config.mesh.data = 1
+    return Experiment(config).param_shapes()
+
+
+def test_rollouts_are_gathered_in_problem_order(runs):
+    ((one,), (two,)) = [json.loads((path / "eval.json").read_text()) for path, _ in runs]
+    wall_clock = {"milliseconds", "throughput_ms"}
+    assert len(one["results"]) == 7
+    for left, right in zip(one["results"], two["results"], strict=True):
+        for name in left.keys() - wall_clock:
+            assert left[name] == right[name]

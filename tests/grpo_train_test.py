@@ -1,0 +1,285 @@
+"""GRPO's loop: batches whose gradient no layout can change, exact resume, lost threads, and the switches of a step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import grpo
+import solver
+from configs import apr
+from configs import grpo as recipe
+from evaluate import PRETRAINED
+from experiment import Experiment
+from parallel_runtime import CONTEXT, END, Call, Grade, Request, Rollout, Thread
+from train_state import TrainState, init_state, make_mesh, make_train_step, stack
+from workdir import Workdir, load_best
+
+GROUPS, SIZE = 3, 4
+
+
+def rl_config(**changes: int | float | str) -> ConfigDict:
+    """The smoke preset of supervised run and RL recipe on one device, of one layer; `model__width=8` sets a field."""
+    config, rl = apr.get_config("smoke"), recipe.get_config("smoke")
+    with config.unlocked():
+        config.grpo, config.optimizer = rl.grpo, rl.optimizer
+    small = {
+        "mesh.data": 1,
+        "model.layers": 1,
+        "sampler.rows": 8,
+        "train.eval_problems": 4,
+        "limits.thread_tokens": 24,  # an untrained model never ends by itself
+        "grpo.kl_weight": 0.1,
+    }
+    config.update_from_flattened_dict({**small, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return config
+
+
+def sampled_group(experiment: Experiment, seed: int) -> list[Rollout]:
+    """Demonstrations of one problem as if a model had sampled them: with log-probs, and half of them wrong."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for index in itertools.count():
+        rollout = experiment.demonstration("train", seed, index)
+        for call in (call for thread in rollout.threads() for call in thread.calls):
+            call.logprobs = rng.uniform(-9, 0, len(call.sampled)).tolist()
+        rollout.grade = Grade(len(rollouts) % 2 == 0, "")
+        rollouts.append(rollout)
+        if len(rollouts) == SIZE:
+            return rollouts
+    raise AssertionError
+
+
+def collected(experiment: Experiment) -> grpo.Collected:
+    groups = [sampled_group(experiment, seed) for seed in range(GROUPS)]
+    rewards = np.asarray([[grpo.reward(r, experiment.config.grpo) for r in group] for group in groups])
+    rewards[0, 0] += 0.5  # groups differ
+    return grpo.Collected(groups, rewards, grpo.advantages(rewards, experiment.config.grpo.advantage))
+
+
+def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
+    """Minus the change that one plain gradient step makes."""
+    experiment = Experiment(config)
+    collection = collected(experiment)
+    if order < 0:
+        collection = grpo.Collected(*(part[::-1] for part in collection))
+    batches, _ = grpo.make_batches(collection, config)
+    batch = stack(batches)
+    batch = batch._replace(ref_logp=batch.old_logp - 0.1)
+    mesh = make_mesh(data, 1, 1)
+    params = jax.device_get(init_state(experiment.model, optax.sgd(1.0), mesh, jax.random.key(0)).params)
+    step = make_train_step(experiment.model, optax.sgd(1.0), grpo.grpo_loss(config.grpo), mesh)
+    state, _ = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0)), batch)
+    return jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
+
+
+@pytest.fixture(scope="module", params=grpo.AGGREGATES)
+def reference(request, compilation_cache) -> tuple[str, dict]:
+    """The gradient of all rows in one micro-batch on one device."""
+    return request.param, gradient(rl_config(train__micro_rows=64, train__rows=64, grpo__aggregate=request.param))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(micro_rows=2),
+        dict(micro_rows=2, context=768),
+        dict(micro_rows=8, data=4),
+        dict(micro_rows=4, order=-1),
+    ],
+    ids=str,
+)
+def test_no_micro_batch_packing_device_or_order_changes_the_gradient(reference, layout):
+    """Nor could groups mix: if an advantage leaked into other rows, some layout would show it."""
+    aggregate, expected = reference
+    micro, context = layout["micro_rows"], layout.get("context", 512)
+    changes = dict(train__micro_rows=micro, train__rows=micro, model__context=context, grpo__aggregate=aggregate)
+    config = rl_config(**changes)
+    found = gradient(config, layout.get("data", 1), layout.get("order", 1))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    assert largest > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), found, expected)
+
+
+def test_every_sampled_id_has_its_own_rollouts_advantage_and_log_prob():
+    config = rl_config()
+    experiment = Experiment(config)
+    collection = collected(experiment)
+    batches, where = grpo.make_batches(collection, config)
+    owners = {id(t): (p, g) for p, group in enumerate(collection.groups) for g, r in enumerate(group) for t in r.threads()}
+    seen = 0
+    for number, row, columns, piece in where:
+        batch = batches[number]
+        sampled = batch.sampled[row, columns]
+        expected = collection.advantages[owners[id(piece.thread)]]
+        np.testing.assert_allclose(batch.advantage[row, columns][sampled], expected, rtol=1e-6)
+        assert not batch.advantage[row, columns][~sampled].any() and not batch.weight[row, columns][~sampled].any()
+        logprobs = [x for call in piece.thread.calls for x in call.logprobs]
+        np.testing.assert_allclose(batch.old_logp[row, columns][sampled], logprobs, rtol=1e-6)
+        seen += sampled.sum()
+    assert seen == sum(len(c.sampled) for group in collection.groups for r in group for t in r.threads() for c in t.calls)
+
+
+# ------------------------------------------------------------------- lost threads
+
+
+def test_threads_cut_before_they_sampled_anything_are_counted_and_weigh_nothing():
+    """A rollout whose joined parent had no room left: its last call is empty."""
+    config = rl_config(grpo__kl_weight=0.0)
+    experiment = Experiment(config)
+    ids = experiment.tokenizer.encode("Moving to Node #0\n")
+    root = Thread((), [Call(0, ids, [3, 4], [-1.0, -2.0], "spawn"), Call(4, ids, [], [], CONTEXT)])
+    root.spawns.append([Thread((0, 0), [Call(0, ids, [5], [-1.0], END)])])
+    good = sampled_group(experiment, 0)
+    cut = Rollout(good[0].problem, root, Grade(False, "no answer: stopped by context"))
+    rewards = np.asarray([[1.0, 0.0]])
+    collection = grpo.Collected([[good[0], cut]], rewards, grpo.advantages(rewards, "mean"))
+    batches, _ = grpo.make_batches(collection, config)
+    weights = sum(batch.weight.sum() for batch in batches)
+    calls = sum(len(thread.calls) for thread in good[0].threads())
+    # Each rollout's calls weigh 1 / (its calls x all calls) each: two rollouts' worth, over all calls with ids.
+    assert weights == pytest.approx(2 / (calls + 2), rel=1e-4)
+    described = grpo.describe(collection)
+    assert (described["truncated"], described["sampled_accuracy"], described["live_groups"]) == (0.5, 0.5, 1.0)
+
+
+# ------------------------------------------------------------------- collecting
+
+
+class Scripted(Experiment):
+    """Rollouts that were written before: `table[(target, index)]` says whether one is right."""
+
+    def __init__(self, config: ConfigDict, right) -> None:
+        super().__init__(config)
+        self.right, self.asked = right, []
+
+    def rollouts(self, params, temperature, requests, seed):
+        self.asked.append((temperature, [request.problem for request in requests], tuple(seed)))
+        call = lambda: Call(0, [1], [2], [-1.0], END)
+        return [
+            Rollout(r.problem, Thread((), [call()]), Grade(self.right(r), "")) for r in requests
+        ]
+
+
+def test_groups_are_rollouts_of_one_problem_and_the_cursor_moves_on():
+    experiment = Scripted(rl_config(), lambda request: request.index == 0)
+    first, cursor = grpo.collect(experiment, None, step=7, cursor=100)
+    assert cursor == 104 and first.rewards.tolist() == [[1, 0]] * 4
+    assert [{r.problem for r in group} for group in first.groups] == [
+        {experiment.problem("train", 0, 100 + i)} for i in range(4)
+    ]
+    ((temperature, problems, seed),) = experiment.asked
+    assert temperature == 1.0 and seed == (0, 7)
+    assert problems == [experiment.problem("train", 0, 100 + i) for i in range(4) for _ in range(2)]
+
+
+def test_groups_without_signal_are_kept_dropped_or_replaced():
+    def right(request: Request) -> bool:
+        return request.index == 0 or request.problem.target % 2 == 0  # even targets: always right
+
+    even = [solver.problem(Experiment(rl_config()).family, "train", 0, i).target % 2 == 0 for i in range(16)]
+    assert even[:4].count(True) in (1, 2, 3)
+    kept, cursor = grpo.collect(Scripted(rl_config(), right), None, 0, 0)
+    assert (len(kept.groups), cursor) == (4, 4)
+    assert [not advantage.any() for advantage in kept.advantages] == even[:4]
+    dropped, cursor = grpo.collect(Scripted(rl_config(grpo__dead_groups="drop"), right), None, 0, 0)
+    assert (len(dropped.groups), cursor) == (even[:4].count(False), 4)
+    refilled, cursor = grpo.collect(Scripted(rl_config(grpo__dead_groups="refill"), right), None, 0, 0)
+    assert len(refilled.groups) == 4 and cursor > 4 and refilled.advantages.any(axis=1).all()
+    assert even[:cursor].count(False) == 4
+
+
+# ------------------------------------------------------------------- the loop
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def final(path: pathlib.Path, config: ConfigDict) -> tuple:
+    experiment = Experiment(config)
+    like = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(1))
+    restored = Workdir(path, config).restore(like)
+    assert restored is not None
+    return restored
+
+
+def log(path: pathlib.Path) -> list[dict]:
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "seconds" not in k and k != "milliseconds"} for line in lines]
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, compilation_cache):
+    config = rl_config(grpo__steps=4, grpo__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
+    config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
+    reference = jax.device_get(
+        init_state(Experiment(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
+    )
+    grpo.train(Experiment(config), Workdir(tmp_path / "whole", config), reference)
+    with monkeypatch.context() as patch:
+        original, calls = grpo.Trainer.step, itertools.count(1)
+
+        def dying(self, *given):
+            if next(calls) == 4:
+                raise Killed
+            return original(self, *given)
+
+        patch.setattr(grpo.Trainer, "step", dying)
+        with pytest.raises(Killed):
+            grpo.train(Experiment(config), Workdir(tmp_path / "killed", config), reference)
+    grpo.train(Experiment(config), Workdir(tmp_path / "killed", config), reference)
+    (state, extra), (expected, expected_extra) = (final(tmp_path / name, config) for name in ("killed", "whole"))
+    assert extra == expected_extra and extra["step"] == 4 and extra["cursor"] == 16
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+    moved = jax.tree.map(lambda a, b: np.abs(a - np.asarray(b)).max(), reference, state.params)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, compilation_cache):
+    config = rl_config(grpo__steps=2)
+    experiment = Experiment(config)
+    reference = jax.device_get(
+        init_state(experiment.model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
+    )
+    monkeypatch.setattr(experiment, "validation_set", lambda: [])
+    monkeypatch.setattr(grpo, "_validate", lambda *_: None)
+    monkeypatch.setattr(experiment.task, "grade", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grpo.train(experiment, Workdir(tmp_path / "run", config), reference)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ------------------------------------------------------------------- the shipped model
+
+
+def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
+    """The log-probs that rollouts were sampled with, within 1e-4 of the trainer's: parents, children, after joins."""
+    config = grpo.combine(PRETRAINED, recipe.get_config("smoke"))
+    config.mesh.data, config.sampler.rows = 1, 16
+    config.grpo.problems = 3
+    experiment = Experiment(config)
+    params, _ = load_best(PRETRAINED, experiment.param_shapes())
+    trainer = grpo.Trainer(experiment, params)
+    collection, _ = grpo.collect(experiment, params, 0, 0)
+    batches, where = grpo.make_batches(collection, config)
+    batch = stack(batches)
+    found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), where)
+    assert found.keys() == {"mismatch_parent", "mismatch_child", "mismatch_joined"}
+    assert all(0 < value < 1e-4 for value in found.values()), found
+
+
+def test_rollouts_can_be_told_of_a_budget():
+    config = rl_config()
+    config.prompt.sub_calls = 5
+    experiment = Experiment(config)
+    ids = experiment.task.prompt(experiment.problem("train", 0, 0))
+    assert experiment.tokenizer.decode(ids).startswith("Sub Call Budget: 5 ")
