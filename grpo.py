@@ -148,34 +148,36 @@ def grpo_loss(config: ConfigDict) -> LossFn:
 
 
 class Collected(typing.NamedTuple):
-    """The rollouts of a step: P groups of G, their rewards and advantages [P, G]."""
+    """The rollouts of a step: groups of G, their rewards and advantages [groups, G]."""
 
     groups: list[list[Rollout]]
     rewards: np.ndarray
     advantages: np.ndarray
 
+    def live(self) -> Collected:
+        """Without the groups of equal rewards."""
+        alive = np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
+        return Collected([self.groups[i] for i in alive], self.rewards[alive], self.advantages[alive])
+
 
 def collect(experiment: Experiment, params: typing.Any, step: int, cursor: int) -> tuple[Collected, int]:
     """Runs and grades the rollouts of a step; returns them and the next problem's number.
 
-    "drop" leaves groups of equal rewards out, "refill" replaces them by fresh problems, for a few rounds.
+    "refill" goes on to fresh problems, for a few rounds, until there are P groups with a signal.
     """
     config = experiment.config.grpo
     groups: list[list[Rollout]] = []
+    missing = config.problems
     for _ in range(REFILL_ROUNDS if config.dead_groups == "refill" else 1):
-        count = config.problems - len(groups)
-        drawn = [experiment.problem("train", experiment.config.seed, cursor + i) for i in range(count)]
-        cursor += count
+        drawn = [experiment.problem("train", experiment.config.seed, cursor + i) for i in range(missing)]
+        cursor += missing
         requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
-        rollouts = experiment.rollouts(params, config.temperature, requests, (experiment.config.seed, step))
-        fresh = [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
-        if config.dead_groups != "keep":
-            fresh = [group for group in fresh if len({reward(rollout, config) for rollout in group}) > 1]
-        groups += fresh
-        if len(groups) == config.problems:
+        rollouts = experiment.rollouts(params, 1.0, requests, (experiment.config.seed, step))
+        groups += [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
+        rewards = np.asarray([[reward(rollout, config) for rollout in group] for group in groups], np.float64)
+        missing = config.problems - int((np.ptp(rewards, axis=1) > 0).sum())
+        if missing <= 0:
             break
-    rewards = np.asarray([[reward(rollout, config) for rollout in group] for group in groups], np.float64)
-    rewards = rewards.reshape(len(groups), config.rollouts)
     return Collected(groups, rewards, advantages(rewards, config.advantage)), cursor
 
 
@@ -247,13 +249,16 @@ class Trainer:
         began = time.perf_counter()
         collected, cursor = collect(self.experiment, state.params, number, cursor)
         rolled = time.perf_counter()
+        described = describe(collected)
+        if config.grpo.dead_groups != "keep":
+            collected = collected.live()
         if not collected.groups:
-            return state, {"rollout_seconds": rolled - began}, cursor
+            return state, {**described, "rollout_seconds": rolled - began}, cursor
         batches, where = make_batches(collected, config)
         batch = stack(batches)
         packed = time.perf_counter()
         trainer = np.asarray(self.score(state.params, batch))
-        values = {**describe(collected), **mismatch(batch, trainer, where)}
+        values = {**described, **mismatch(batch, trainer, where)}
         if config.grpo.importance_cap:
             ratio = np.exp(np.where(batch.sampled, trainer - batch.old_logp, 0))
             batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
@@ -307,7 +312,7 @@ def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> No
 
 def _line(values: dict[str, float]) -> str:
     if "loss" not in values:
-        return "no group with a signal"
+        return f"reward {values['reward']:.3f}  no group with a signal"
     worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
     return (
         f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  threads {values['children']:.1f}  "
@@ -356,6 +361,7 @@ def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
             combined[field] = config[field]
         combined.train.eval_problems = config.eval_problems
         combined.limits = config.limits
+        combined.model.temperature = config.grpo.temperature
         combined.sampler.rows = config.rows
         combined.init = str(start)
     return combined

@@ -60,6 +60,7 @@ class ModelConfig:
     context: int  # longest row
     rope_theta: float
     tied: bool  # the head is the transposed embedding
+    temperature: float  # logits are divided by it: part of the policy, in training and sampling alike
     dtype: str  # of the computation; parameters are float32
 
     def __post_init__(self) -> None:
@@ -70,8 +71,9 @@ class ModelConfig:
             raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})")
         if self.head_width % 2:
             raise ValueError(f"model.head_width must be even for rotary positions, not {self.head_width}")
-        if self.rope_theta <= 0:
-            raise ValueError(f"model.rope_theta must be positive, not {self.rope_theta}")
+        for field in ("rope_theta", "temperature"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"model.{field} must be positive, not {getattr(self, field)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
@@ -300,7 +302,8 @@ class Decoder(nn.Module):
             w_DV = embedding_VD.T
         else:
             w_DV = self.param("head", nn.initializers.normal(0.02), (c.width, c.vocab_size))
-        logits = jnp.matmul(x_RTD.reshape(-1, c.width), w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
+        x = x_RTD.reshape(-1, c.width) / c.temperature
+        logits = jnp.matmul(x, w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*tokens_RT.shape, c.vocab_size), (jnp.stack(ks), jnp.stack(vs))
 
 

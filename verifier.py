@@ -169,7 +169,7 @@ class _Reader:
         elif self.thread.stop in parallel_runtime.TRUNCATED:
             self.fault(TRUNCATED, f"stopped by {self.thread.stop}", self._hopeful(self.start))
         if self.reached if correct is None else correct:
-            self.faults = [f for f in self.faults if f.thread != self.thread.path or f.kind not in _LOSSES]
+            self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]
         for fault, node, numbers in self.wasted:
             fault.fatal |= self._hopeful(numbers) and not any(map(self._hopeful, self.listed[node]))
 
@@ -197,8 +197,7 @@ class _Reader:
             case "move" | "enter":
                 if line.node not in self.known:
                     self.fault(UNKNOWN_NODE, f"#{short(line.node)} was never generated", fatal=False)
-                self.node, self.explored = line.node, None
-                self.claims = self.claims if self.given else []
+                self.node = line.node
             case "state":
                 self._read_state(line)
             case "explore":
@@ -217,6 +216,7 @@ class _Reader:
         if (known and state not in known) or line.target != self.problem.target:
             fatal = any(self._hopeful(numbers) for numbers, _ in known)
             self.fault(WRONG_STATE, f"not how #{short(self.node)} was generated", fatal, line.operations)
+            # a state without the line that moves there
             self.node = next((node for node, states in self.known.items() if state in states), self.node)
         self.known[self.node].append(state)
         self.numbers, self.operations, self.explored = *state, None
@@ -240,7 +240,7 @@ class _Reader:
         else:
             self.listed[self.node].append(line.numbers)
             operands = self.node, sign, frozenset((a, b))
-            self.times[operands] += not self.given
+            self.times[operands] += 1
             pairs = have[a] * have[b] if a != b else math.comb(have[a], 2)
             if self.times[operands] > pairs and not self.claimed:  # a path restated after the goal repeats its lines
                 self.fault(DUPLICATE, f"{what} is listed {self.times[operands]} times, not {pairs}", steps=step)

@@ -63,7 +63,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
             number_limit=10 if preset in ("gpu", "paper") else 500,
-            model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, dtype="float32"),
+            model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, temperature=1.0, dtype="float32"),
             train=dict(
                 rows=rows,  # per update: a row is packed with threads up to model.context
                 micro_rows=micro_rows,  # rows per forward pass; on a CPU few rows stay in its cache

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable
 
 import pytest
@@ -96,9 +97,13 @@ def test_accuracy_by_context_window_by_hand():
 def test_the_table_names_every_figure():
     rollouts = [rollout_of(True, [20], [], parallel_runtime.END, 40.0)]
     windows = evaluate.windows(rollouts, 64)
-    text = evaluate.table({**evaluate.summarize(rollouts, 1.0), "windows": windows, "demonstrator": 0.75})
+    failures = {"exhausted": 0.5, "duplicate": 0.25, "truncated": 0.0625, "false_goal": 0.03, "wrong_state": 0.01}
+    summary = {**evaluate.summarize(rollouts, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
+    text = evaluate.table(summary)
     for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000"):
         assert figure in text
+    assert "exhausted: 0.500  duplicate: 0.250  truncated: 0.062  false_goal: 0.030\n" in text  # the first four
+    assert re.search("^  failures +none$", evaluate.table({**summary, "failures": {}}), re.MULTILINE)
 
 
 # ------------------------------------------------------------------- held-out problems
@@ -167,23 +172,23 @@ class Scripted(Experiment):
 
     def __init__(self) -> None:
         super().__init__(one_device("smoke"))
-        self.rollouts = [self.demonstrate(problem, index) for index, problem in enumerate(self.test_set())]
+        self.recorded = [self.demonstrate(problem, index) for index, problem in enumerate(self.test_set())]
 
     def demonstrate(self, problem: Problem, index: int) -> Rollout:
         trace = solver.demonstrate(problem, self.demonstrator, solver.random.Random(index))
         return solver.record(problem, trace, self.task)
 
     def runtime(self, params, temperature, watch=None) -> Runtime:
-        return Runtime(Replay(self.rollouts), self.task, self.limits, watch)
+        return Runtime(Replay(self.recorded), self.task, self.limits, watch)
 
 
 @pytest.fixture(scope="module")
 def scripted() -> Scripted:
     """Sixteen problems, some solved, some with children."""
     experiment = Scripted()
-    solved = [rollout.grade.correct for rollout in experiment.rollouts]
+    solved = [rollout.grade.correct for rollout in experiment.recorded]
     assert 0 < sum(solved) < len(solved)
-    assert any(rollout.root.spawns and rollout.grade.correct for rollout in experiment.rollouts)
+    assert any(rollout.root.spawns and rollout.grade.correct for rollout in experiment.recorded)
     return experiment
 
 
@@ -191,15 +196,17 @@ def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
     evaluate.report(scripted, None, scripted.test_set(), tmp_path / "new" / "place", 7)
     (entry,) = json.loads((tmp_path / "new" / "place" / "eval.json").read_text())
     results = entry.pop("results")
-    rollouts = scripted.rollouts
+    rollouts = scripted.recorded
     assert entry["correct"] == sum(rollout.grade.correct for rollout in rollouts)
     assert entry["accuracy"] == entry["correct"] / 16
+    assert entry["failures"] == {"exhausted": 1 - entry["accuracy"]}
     assert entry["children"] == sum(len(rollout.threads()) - 1 for rollout in rollouts) / 16
     assert (entry["checkpoint"], entry["seed"], entry["method"]) == (7, 0, "apr")
     for result, rollout in zip(results, rollouts, strict=True):
         assert (result["numbers"], result["target"]) == (list(rollout.problem.numbers), rollout.problem.target)
         assert (result["correct"], result["reason"]) == (rollout.grade.correct, rollout.grade.reason)
         assert result["answer"] == list(rollout.grade.answer)
+        assert result["failure"] == ("" if rollout.grade.correct else "exhausted")  # as right demonstrations fail
         assert result["total_tokens"] == parallel_runtime.total_tokens(rollout.root)
         assert result["sequential_tokens"] == parallel_runtime.sequential_tokens(rollout.root)
     out = capsys.readouterr().out
@@ -212,7 +219,7 @@ def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_
     evaluate.report(scripted, None, problems, tmp_path, 7)
     (entry,) = json.loads((tmp_path / "eval.json").read_text())
     assert [tuple(result["numbers"]) for result in entry["results"]] == [problem.numbers for problem in problems]
-    assert [result["correct"] for result in entry["results"]] == [r.grade.correct for r in scripted.rollouts[::-1]]
+    assert [result["correct"] for result in entry["results"]] == [r.grade.correct for r in scripted.recorded[::-1]]
 
 
 def test_the_demonstrators_share_is_its_own(scripted):
@@ -225,7 +232,7 @@ def test_the_demonstrators_share_is_its_own(scripted):
 
 
 def test_show_has_every_thread_where_it_ran(scripted):
-    rollout = next(rollout for rollout in scripted.rollouts if rollout.root.spawns)
+    rollout = next(rollout for rollout in scripted.recorded if rollout.root.spawns)
     text = evaluate.show(rollout, scripted.tokenizer)
     heads = [line.split("]")[0] for line in text.splitlines() if line.startswith("[")]
     children = [f"[child 0.{i}, call 0" for i in range(len(rollout.root.spawns[0]))]
@@ -238,7 +245,7 @@ def test_show_has_every_thread_where_it_ran(scripted):
 
 
 def test_one_problem_is_shown_as_it_runs_then_the_verdict(scripted, capsys):
-    rollout = next(r for r in scripted.rollouts if r.root.spawns and r.grade.correct)
+    rollout = next(r for r in scripted.recorded if r.root.spawns and r.grade.correct)
     evaluate.solve_one(scripted, None, rollout.problem)
     out = capsys.readouterr().out
     heads = [line.split("]")[0] for line in out.splitlines() if line.startswith("[")]
@@ -255,7 +262,7 @@ def test_one_problem_is_shown_as_it_runs_then_the_verdict(scripted, capsys):
 
 
 def test_one_problem_that_is_not_solved_says_why(scripted, capsys):
-    rollout = next(rollout for rollout in scripted.rollouts if not rollout.grade.correct)
+    rollout = next(rollout for rollout in scripted.recorded if not rollout.grade.correct)
     evaluate.solve_one(scripted, None, rollout.problem)
     *_, verdict, last = capsys.readouterr().out.splitlines()
     assert verdict.startswith("answer: none (wrong: ") and rollout.grade.reason in verdict

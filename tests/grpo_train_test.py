@@ -190,11 +190,11 @@ def test_groups_without_signal_are_kept_dropped_or_replaced():
     kept, cursor = grpo.collect(Scripted(rl_config(), right), None, 0, 0)
     assert (len(kept.groups), cursor) == (4, 4)
     assert [not advantage.any() for advantage in kept.advantages] == even[:4]
-    dropped, cursor = grpo.collect(Scripted(rl_config(grpo__dead_groups="drop"), right), None, 0, 0)
-    assert (len(dropped.groups), cursor) == (even[:4].count(False), 4)
+    live = kept.live()
+    assert live.advantages.any(axis=1).all() and len(live.groups) == len(live.rewards) == even[:4].count(False)
+    assert live.groups[0] is kept.groups[even.index(False)]
     refilled, cursor = grpo.collect(Scripted(rl_config(grpo__dead_groups="refill"), right), None, 0, 0)
-    assert len(refilled.groups) == 4 and cursor > 4 and refilled.advantages.any(axis=1).all()
-    assert even[:cursor].count(False) == 4
+    assert even[:cursor].count(False) == len(refilled.live().groups) == 4 and cursor == len(refilled.groups) > 4
 
 
 # ------------------------------------------------------------------- the loop

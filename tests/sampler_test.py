@@ -27,6 +27,7 @@ MODEL = Decoder(
         context=CONTEXT,
         rope_theta=1e4,
         tied=True,
+        temperature=1.0,
         dtype="float32",
     )
 )

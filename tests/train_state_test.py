@@ -42,7 +42,7 @@ from train_state import (
     start_state,
 )
 
-MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, dtype="float32"))
+MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, temperature=1.0, dtype="float32"))
 CONFIG = OptimizerConfig(
     learning_rate=0.1,
     end_learning_rate=0.01,
