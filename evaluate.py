@@ -40,7 +40,7 @@ import parallel_runtime
 import solver
 import verifier
 from experiment import Experiment
-from parallel_runtime import Request, Rollout, Thread
+from parallel_runtime import Interrupted, Request, Rollout, Thread
 from solver import Problem
 from tokenizer import Tokenizer
 from workdir import UsageError, launch, load_best, read_config, usage_errors, write_json
@@ -99,14 +99,24 @@ def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) 
 def report(
     experiment: Experiment, params: typing.Any, problems: Sequence[Problem], output: pathlib.Path, step: int
 ) -> dict:
-    """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line."""
+    """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line.
+
+    Ctrl-C ends it early: the same of the problems that are done, written to interrupted.json.
+    """
     with usage_errors():
         output.mkdir(parents=True, exist_ok=True)
         (output / "eval.json").touch()
     config = experiment.config
     experiment.solve(params, problems[: config.sampler.rows])  # compiles; not timed
     started = time.monotonic()
-    rollouts = experiment.solve(params, problems)
+    name = "eval.json"
+    try:
+        rollouts = experiment.solve(params, problems)
+    except Interrupted as interrupt:
+        rollouts, name = interrupt.rollouts, "interrupted.json"
+        if not rollouts:
+            raise
+        print(f"interrupted: {len(rollouts)} of {len(problems)} problems are done, the quick ones", file=sys.stderr)
     summary = summarize(rollouts, time.monotonic() - started)
     failures = [fault.kind if (fault := verifier.explain(r, experiment.tokenizer)) else "" for r in rollouts]
     summary = {
@@ -117,7 +127,7 @@ def report(
         **summary,
         "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
         "windows": windows(rollouts, config.model.context),
-        "demonstrator": demonstrators_accuracy(experiment, problems),
+        "demonstrator": demonstrators_accuracy(experiment, [rollout.problem for rollout in rollouts]),
         "seed": config.evaluation.seed,
         "checkpoint": step,
     }
@@ -138,7 +148,7 @@ def report(
         }
         for rollout, failure in zip(rollouts, failures, strict=True)
     ]
-    write_json(output / "eval.json", [{**summary, "results": results}])
+    write_json(output / name, [{**summary, "results": results}])
     print(json.dumps(summary))
     return summary
 

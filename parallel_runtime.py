@@ -312,6 +312,14 @@ def thread_key(seed: Sequence[int], request: Request, path: Sequence[int]) -> tu
     return word & 0xFFFFFFFF, word >> 32
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; `rollouts` are those that were finished."""
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        super().__init__()
+        self.rollouts = rollouts
+
+
 class Runtime:
     """Runs rollouts of `task` on `engine` within `limits`."""
 
@@ -323,8 +331,12 @@ class Runtime:
         self.evictions = 0  # waiting parents that lost their row
 
     def run(self, requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
-        """All rollouts, in the order of `requests`."""
-        finished = dict(self.stream(requests, seed))
+        """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
+        finished: dict[int, Rollout] = {}
+        try:
+            finished.update(self.stream(requests, seed))
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted([finished[number] for number in sorted(finished)]) from interrupt
         return [finished[number] for number in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:

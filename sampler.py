@@ -364,7 +364,9 @@ class Sampler:
         self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
 
     def reset(self) -> None:
-        """Stops and empties every row."""
+        """Stops and empties every row, even after an exception that left no history behind."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._history)):
+            self._history = self._empty()
         self._rows = [_Row() for _ in range(self.rows)]
 
     def warmup(self) -> None:

@@ -7,9 +7,11 @@ run
 
   refill   as the runtime does it, freed rows taken at once;
   waves    in lock-step: no row is refilled before all have stopped;
-  alone    problem after problem, nothing else in flight (their latency, against
-           the sequential tokens times one step of one row);
   serial   on a single row: one thread at a time.
+
+"alone" is the latency of one problem with eight children and nothing else in flight: over
+its ideal (its sequential tokens times one step of a single row), and of its children's part
+against the same children one after another (two rows: the parent keeps one).
 
 "equal" rows have a prompt of 24 ids and 192 sampled ones. The peer is
 transformers' `generate` with the same model shape, in a process of its own, on
@@ -31,6 +33,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -101,8 +104,10 @@ def replay(
 
     replaying = Replay(engine, rollouts, waves)
 
+    runtime = Runtime(replaying, experiment.task, experiment.limits)
+
     def run() -> None:
-        Runtime(replaying, experiment.task, experiment.limits).run(replaying.requests, SEED)
+        runtime.run(replaying.requests, SEED)
 
     first = best(1, run)
     engine.counters.clear()
@@ -113,8 +118,8 @@ def replay(
     return {
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
-        "occupancy": tokens * repeats / (counters["decode_steps"] * engine.rows),
-        "useful_row_steps": tokens * repeats / counters["row_steps"],
+        "occupancy": tokens * repeats / counters["row_steps"],
+        "evictions": runtime.evictions / (repeats + 1),
         "prefill_share": counters["prefill_seconds"] / total,
         "host_share": counters["host_seconds"] / total,
         "prefill_tokens": counters["prefill_tokens"] / repeats,
@@ -122,16 +127,24 @@ def replay(
     }
 
 
-def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], step: float) -> dict:
-    """Mean latency of one problem at a time, and its ratio to the ideal; `step` is a one-row step in seconds."""
-    from parallel_runtime import Runtime, sequential_tokens
+def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any]) -> tuple[float, float]:
+    """Milliseconds of these rollouts one at a time, and those from spawn to join; means, after a first run."""
+    from parallel_runtime import Runtime, Thread
+
+    stops: list[float] = []  # when the calls of the rollout stopped: parent's first, children's, parent's last
+
+    def watch(_: Thread) -> None:
+        stops.append(time.perf_counter())
 
     replaying = Replay(engine, rollouts)
-    runtime = Runtime(replaying, experiment.task, experiment.limits)
-    runs = [[runtime.run([request], SEED)[0] for request in replaying.requests] for _ in range(2)][1]
-    ideal = [1e3 * step * sequential_tokens(rollout.root) for rollout in rollouts]
-    milliseconds = [rollout.milliseconds for rollout in runs]
-    return {"milliseconds": sum(milliseconds) / len(runs), "over_ideal": sum(milliseconds) / sum(ideal)}
+    runtime = Runtime(replaying, experiment.task, experiment.limits, watch)
+    for repeat in range(2):
+        whole, children = [], []
+        for request in replaying.requests:
+            stops.clear()
+            whole.append(runtime.run([request], SEED)[0].milliseconds)
+            children.append(1e3 * (stops[-2] - stops[0]))
+    return sum(whole) / len(rollouts), sum(children) / len(rollouts)
 
 
 def equal(engine: typing.Any, repeats: int) -> float:
@@ -152,9 +165,10 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     """All our figures, and the workload for the peer."""
     import jax
 
+    import solver
     from configs import apr
     from experiment import Experiment
-    from parallel_runtime import longest_context
+    from parallel_runtime import longest_context, sequential_tokens
     from sampler import Sampler, SamplerConfig
     from train_state import init_params
 
@@ -166,13 +180,22 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.view, args.temperature, 0, 1.0)
         return Sampler(experiment.model, params, settings, ())
 
-    rollouts: list[typing.Any] = []
-    index = 0
-    while len(rollouts) < args.problems:
-        rollout = experiment.demonstration("train", 0, index)
-        index += 1
-        if longest_context(rollout.root) <= config.model.context:
-            rollouts.append(rollout)
+    def demonstrations(count: int, changes: dict[str, typing.Any], children: int) -> list[typing.Any]:
+        """The first that fit the context and have at least so many children, none of their own below."""
+        demonstrator = dataclasses.replace(experiment.demonstrator, **changes)
+        found: list[typing.Any] = []
+        for index in itertools.count():
+            args = experiment.family, demonstrator, experiment.tokenizer, "train", 0, index
+            rollout = solver.demonstration(*args)
+            fits = longest_context(rollout.root) <= config.model.context
+            if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
+                found.append(rollout)
+            if len(found) == count:
+                return found
+        raise AssertionError
+
+    rollouts = demonstrations(args.problems, {}, 0)
+    wide = demonstrations(8, {"beam": (8, 8), "sub_beam_high": 8}, 8)
     few = rollouts[: max(1, args.problems // 10)]
     figures: dict[str, typing.Any] = {
         "equal_tokens_per_s": {n: equal(engine(n), args.repeats) for n in args.equal_rows}
@@ -180,7 +203,12 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     many, step = engine(args.rows), 1 / equal(engine(1), args.repeats)
     figures["refill"] = replay(experiment, many, rollouts, args.repeats, waves=False)
     figures["waves"] = replay(experiment, many, rollouts, args.repeats, waves=True)
-    figures["alone"] = alone(experiment, many, few, step)
+    milliseconds, children = alone(experiment, many, wide)
+    figures["alone"] = {
+        "milliseconds": milliseconds,
+        "over_ideal": milliseconds / (1e3 * step * sum(sequential_tokens(r.root) for r in wide) / len(wide)),
+        "children_speedup": alone(experiment, engine(2), wide)[1] / children,
+    }
     figures["serial"] = replay(experiment, engine(1), few, 1, waves=False)
     calls = []
     for thread in (thread for rollout in rollouts for thread in rollout.threads()):

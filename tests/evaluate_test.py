@@ -214,6 +214,28 @@ def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
     assert "One solved problem, thread by thread" in out and "[child 0.0, call 0]" in out
 
 
+def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(scripted, tmp_path, capsys, monkeypatch):
+    (tmp_path / "eval.json").write_text("[]")
+    whole, runs = parallel_runtime.Runtime.stream, []
+
+    def cut(runtime, requests, seed):
+        runs.append(1)
+        for number, item in enumerate(whole(runtime, requests, seed)):
+            if len(runs) == 2 and number == 5:  # the first run is the one that compiles
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(parallel_runtime.Runtime, "stream", cut)
+    evaluate.report(scripted, None, scripted.test_set(), tmp_path, 7)
+    (entry,) = json.loads((tmp_path / "interrupted.json").read_text())
+    assert entry["n"] == len(entry["results"]) == 5
+    expected = {(rollout.problem.numbers, rollout.problem.target): rollout.grade.correct for rollout in scripted.recorded}
+    for result in entry["results"]:
+        assert result["correct"] == expected[tuple(result["numbers"]), result["target"]]
+    assert (tmp_path / "eval.json").read_text() == "[]"
+    assert "interrupted: 5 of 16 problems are done" in capsys.readouterr().err
+
+
 def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_path):
     problems = scripted.test_set()[::-1]
     evaluate.report(scripted, None, problems, tmp_path, 7)

@@ -496,6 +496,28 @@ def test_a_stream_that_was_abandoned_leaves_nothing_behind(rows: int) -> None:
             assert same(rollouts) == same(expected[some])
 
 
+def test_an_interrupted_run_hands_over_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"p:": "long one.", "q:": "<a>", "a:": "1.", "q:[1]": ".", "r:": "."}
+    engine, runtime, requests = start(told, "p:", "q:", "r:")
+    expected = runtime.run(requests, SEED)
+    decode, calls = engine.decode, []
+
+    def interrupted() -> list[Stopped]:
+        calls.append(1)
+        if len(calls) == 4:  # "r:" has ended by now, "p:" has not
+            raise KeyboardInterrupt
+        return decode()
+
+    monkeypatch.setattr(engine, "decode", interrupted)
+    with pytest.raises(pr.Interrupted) as caught:
+        runtime.run(requests, SEED)
+    assert isinstance(caught.value, KeyboardInterrupt)  # what does not know of it is interrupted all the same
+    finished = [rollout.problem for rollout in caught.value.rollouts]
+    assert finished and set(finished) < {"p:", "q:", "r:"} and finished == sorted(finished)
+    by_problem = {rollout.problem: rollout for rollout in expected}
+    assert same(caught.value.rollouts) == same([by_problem[problem] for problem in finished])
+
+
 def test_no_requests_are_no_rollouts() -> None:
     engine, runtime, _ = start({})
     assert runtime.run([], SEED) == []

@@ -198,6 +198,17 @@ def test_counters_and_limits():
     assert engine.counters["row_steps"] == 4 * 3 + 1 * 3  # both threads in a bucket of 4 rows, then one alone
 
 
+def test_a_reset_restores_what_an_interrupted_call_took():
+    """A call owns the history until it returns: interrupted, it takes it along."""
+    engine = Sampler(MODEL, params(), GREEDY, [])
+    fill = Fill(0, 0, [2, 3, 4], (0, 0), 0, 5)
+    before = run(engine, [fill])
+    for leaf in jax.tree.leaves(engine._history):
+        leaf.delete()
+    engine.reset()
+    assert run(engine, [fill]) == before
+
+
 FILL = Fill(0, 0, [2, 3], (0, 0), 0, 4)
 
 
