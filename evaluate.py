@@ -46,6 +46,7 @@ from tokenizer import Tokenizer
 from workdir import UsageError, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
+ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
 RESULTS = ("total_tokens", "sequential_tokens", "children", "longest_context", "milliseconds", "truncated", "malformed")
 
 
@@ -247,7 +248,9 @@ def stored_config(argv: Sequence[str]) -> ConfigDict:
 def define_flags() -> None:
     """The command line; the config is that of the run named by --workdir."""
     flags.DEFINE_string("workdir", None, "The run to evaluate (default: the shipped checkpoint).")
-    flags.DEFINE_string("output", None, "Where to write eval.json (default: the workdir; runs/pretrained if shipped).")
+    flags.DEFINE_string(
+        "output", None, f"Where to write eval.json (default: --workdir if nothing else is asked for, else {ELSEWHERE})."
+    )
     flags.DEFINE_string("problems", None, "JSON file with a list of problems (default: the held-out set).")
     flags.DEFINE_list("numbers", None, "One problem: its numbers, comma-separated. Needs --target.")
     flags.DEFINE_integer("target", None, "One problem: its target. Needs --numbers.")
@@ -281,7 +284,8 @@ def main(_: list[str]) -> None:
             with usage_errors():
                 write_json(pathlib.Path(args.record), trace)
         return
-    output = pathlib.Path(args.output or (source if args.workdir else "runs/pretrained"))
+    own = args.workdir and not args.problems and json.loads(args.config.to_json()) == read_config(source)
+    output = pathlib.Path(args.output or (source if own else ELSEWHERE))
     report(experiment, params, problems, output, result["step"])
 
 

@@ -434,6 +434,16 @@ def test_a_workdir_without_a_checkpoint_says_so(smoke_run, command: Callable, tm
     assert ended.err.startswith("error: ") and "no checkpoint" in ended.err and ended.err.count("\n") == 1
 
 
+def test_another_evaluation_does_not_replace_the_runs_own(smoke_run, command, tmp_path, monkeypatch):
+    """With another temperature it goes elsewhere; asked for nothing else, it is the run's own once more."""
+    before = (smoke_run.path / "eval.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    ended = command(evaluate, f"--workdir={smoke_run.path}", "--config.mesh.data=1", "--config.sampler.temperature=1")
+    assert ended.status == 0, ended.err
+    assert (smoke_run.path / "eval.json").read_text() == before
+    assert json.loads((tmp_path / "runs/evaluation/eval.json").read_text())[0]["temperature"] == 1
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
     smoke_run, command: Callable, tmp_path, monkeypatch
 ):
