@@ -138,7 +138,7 @@ def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.
 
     replaying = Replay(engine, rollouts)
     runtime = Runtime(replaying, experiment.task, experiment.limits, watch)
-    for repeat in range(2):
+    for _ in range(2):
         whole, children = [], []
         for request in replaying.requests:
             stops.clear()
@@ -185,8 +185,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         demonstrator = dataclasses.replace(experiment.demonstrator, **changes)
         found: list[typing.Any] = []
         for index in itertools.count():
-            args = experiment.family, demonstrator, experiment.tokenizer, "train", 0, index
-            rollout = solver.demonstration(*args)
+            rollout = solver.demonstration(experiment.family, demonstrator, experiment.tokenizer, "train", 0, index)
             fits = longest_context(rollout.root) <= config.model.context
             if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
                 found.append(rollout)

@@ -31,8 +31,8 @@ SHORT = [
 def start(path: pathlib.Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
     """A training of four steps on the host devices that `environment` gives it."""
     command = [sys.executable, "sft.py", *SHORT, f"--workdir={path}", *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
 @pytest.fixture(scope="module")
