@@ -126,6 +126,11 @@ class Experiment:
         self._samplers[temperature].update(params)
         return Runtime(self._samplers[temperature], self.task, self.limits, watch)
 
+    def sampler_seconds(self, temperature: float) -> dict[str, float]:
+        """Seconds that sampling at this temperature has taken so far: on the device (two parts) and on the host."""
+        counters = self._samplers[temperature].counters if temperature in self._samplers else {}
+        return {part: counters.get(part, 0.0) for part in ("prefill_seconds", "decode_seconds", "host_seconds")}
+
     def rollouts(
         self, params: typing.Any, temperature: float, requests: Sequence[Request], seed: Sequence[int]
     ) -> list[Rollout]:

@@ -246,10 +246,12 @@ class Trainer:
     def step(self, state: TrainState, number: int, cursor: int) -> tuple[TrainState, dict[str, float], int]:
         """Rollouts, then the inner updates; returns the state, the step's metrics and the next problem's number."""
         config = self.experiment.config
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), self.experiment.sampler_seconds(1.0)
         collected, cursor = collect(self.experiment, state.params, number, cursor)
         rolled = time.perf_counter()
         described = describe(collected)
+        sampling = self.experiment.sampler_seconds(1.0)
+        described |= {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
         if config.grpo.dead_groups != "keep":
             collected = collected.live()
         if not collected.groups:
