@@ -12,9 +12,9 @@ the language of the task only through a `Task`. Per round:
 
   1. Ready threads take rows: a joined parent goes first, then children, then
      new problems, so that few problems are in flight. A parent that waits keeps
-     its row and with it its KV cache, unless rows run out: then the parent that
-     began to wait last (its children end last) gives its row up and is prefilled
-     again after its join.
+     its row and with it its KV cache, unless waiting parents hold more than half
+     of the rows: then the one that began to wait last (its children end last)
+     gives its row up and is prefilled again after its join.
   2. The engine prefills what is new in these rows and decodes until enough rows
      have stopped.
   3. A thread that stopped at the spawn token becomes waiting and its children
@@ -282,6 +282,7 @@ class Request:
 
 
 JOINED, CHILD, NEW = range(3)  # in this order threads are given rows
+BUSY = 2  # waiting parents keep their rows while 1 / BUSY of all rows decode
 
 
 @dataclasses.dataclass
@@ -415,7 +416,8 @@ class Runtime:
         free = [row for row, holder in enumerate(self._rows) if holder is None]
         if not free:
             holders = [parent for parent in self._waiting if parent.row is not None]
-            if not holders or live.priority()[0] == NEW:  # a new problem is never worth an eviction
+            # An eviction costs a prefill: not for a new problem, nor while enough rows are busy.
+            if not holders or live.priority()[0] == NEW or BUSY * len(self._active) >= self.engine.rows:
                 return False
             loser = holders[-1]
             assert loser.row is not None

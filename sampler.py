@@ -15,7 +15,7 @@ large (the history); every device call is a pure function of both.
               New keys and values go into a tail which all rows write at the same
               column (cheap), attention looks at view and tail. A row is done at a
               stop id or at its limit; the burst ends after `burst` steps, or when
-              an eighth of its rows are done;
+              a quarter of its rows are done;
            5. flush the tail into the histories, each row's at its own length;
            6. the host reads ids and log-probs of a group while the next one decodes,
               and repeats until a row has stopped.
@@ -56,7 +56,7 @@ from parallel_runtime import Fill, Stopped
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
 PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
-ENOUGH = 8  # a burst ends when 1 / ENOUGH of its rows are done
+ENOUGH = 4  # a burst ends when 1 / ENOUGH of its rows are done
 ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
 DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
