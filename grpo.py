@@ -289,10 +289,11 @@ class Trainer:
 def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> None:
     """Runs or resumes the loop; leaves checkpoints and the best parameters in `workdir`."""
     config = experiment.config
+    optimizer = experiment.optimizer()
+    shardings = state_shardings(experiment.mesh, optimizer, reference)
+    reference = jax.jit(lambda params: params, out_shardings=shardings.params)(reference)
+    state = jax.jit(lambda params: start_state(optimizer, params), out_shardings=shardings)(reference)
     trainer = Trainer(experiment, reference)
-    shardings = state_shardings(experiment.mesh, trainer.optimizer, reference)
-    create = jax.jit(lambda params: start_state(trainer.optimizer, params), out_shardings=shardings)
-    state = create(reference)
     extra: dict[str, typing.Any] = {"step": 0, "cursor": 0, "best": -1.0}
     if (restored := workdir.restore(state)) is not None:
         state, extra = restored

@@ -196,7 +196,10 @@ def make_train_step(
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shardings = state_shardings(mesh, optimizer, shapes)
     compiled = jax.jit(
-        train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec()))
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, TokenBatch(*[NamedSharding(mesh, ROWS)] * len(TokenBatch._fields))),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
     return lambda state, batches: compiled(state, _spread(batches, mesh))
 

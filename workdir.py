@@ -27,6 +27,7 @@ import typing
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 from absl import app, flags, logging
@@ -228,7 +229,7 @@ def read_config(path: str | os.PathLike) -> dict:
 
 
 def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, dict]:
-    """The best parameters of a workdir and how good they were.
+    """The best parameters of a workdir, as host arrays, and how good they were.
 
     Raises UsageError if there are none, or if they do not fit the shapes of `like`.
     """
@@ -243,7 +244,9 @@ def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, di
     wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), like)
     if changed := sorted(_differences(shapes, wanted)):
         raise UsageError(f"the checkpoint in {path} does not fit the model ({', '.join(changed)}): use its own config")
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(like), result=ocp.args.JsonRestore())
+    # As host arrays: on whatever devices, and by however many processes, the checkpoint was written.
+    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(host), result=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
     return restored.params, {**restored.result, "step": step}
 

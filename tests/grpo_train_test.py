@@ -264,7 +264,7 @@ def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_
 def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     """The log-probs that rollouts were sampled with, within 1e-4 of the trainer's: parents, children, after joins."""
     config = grpo.combine(PRETRAINED, recipe.get_config("smoke"))
-    config.mesh.data, config.sampler.rows = 1, 16
+    config.mesh.data, config.sampler.rows, config.sampler.bucket, config.sampler.view = 1, 16, 256, 4096  # few shapes
     config.grpo.problems = 3
     experiment = Experiment(config)
     params, _ = load_best(PRETRAINED, experiment.param_shapes())
