@@ -18,7 +18,8 @@ large (the history); every device call is a pure function of both.
               a quarter of its rows are done;
            5. flush the tail into the histories, each row's at its own length;
            6. the host reads ids and log-probs of a group while the next one decodes,
-              and repeats until a row has stopped.
+              and repeats until a quarter of the rows have stopped, so that as many are
+              refilled at once: few large prefills are faster than many small ones.
 
 The last id of a row is never fed before there is something to draw after it, so a
 row that stopped holds one id more than its cache, and a fill of a single id needs
@@ -56,7 +57,7 @@ from parallel_runtime import Fill, Stopped
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
 PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
-ENOUGH = 4  # a burst ends when 1 / ENOUGH of its rows are done
+ENOUGH = 4  # a burst ends when 1 / ENOUGH of its rows are done, decoding when 1 / ENOUGH of all are
 ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
 DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
@@ -467,13 +468,12 @@ class Sampler:
         return jax.device_put(arrays, NamedSharding(self.mesh, ROWS))
 
     def decode(self) -> list[Stopped]:
-        """Bursts until a row has stopped; returns those that have, in order of rows. No active row: []."""
-        active = [number for number, row in enumerate(self._rows) if row.limit]
-        stopped: list[Stopped] = []
-        while active and not stopped:
+        """Bursts until a quarter of the active rows have stopped; returns those, in order. No active row: []."""
+        started = active = [number for number, row in enumerate(self._rows) if row.limit]
+        while ENOUGH * (len(started) - len(active)) < len(started):  # one that has stopped costs nothing meanwhile
             self._bursts(active)
-            stopped = [self._rows[number].drew for number in active if not self._rows[number].limit]
-        return stopped
+            active = [number for number in active if self._rows[number].limit]
+        return [self._rows[number].drew for number in started if not self._rows[number].limit]
 
     def _bursts(self, active: list[int]) -> None:
         """A burst of every active row, group by group, and what they drew."""
