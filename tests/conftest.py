@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import pathlib
@@ -20,12 +21,14 @@ import workdir
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """With several workers, one runs all files that need the smoke run; every other file is some worker's alone."""
-    needing = {item.path for item in items if "smoke_run" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smoke run" if item.path in needing else item.path.name))
+    item.add_marker(pytest.mark.xdist_group("smoke run" if _needs_smoke_run(item.path) else item.path.name))
+
+
+@functools.cache
+def _needs_smoke_run(path: pathlib.Path) -> bool:
+    return "smoke_run" in path.read_text()
 
 
 @dataclasses.dataclass(frozen=True)
