@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 import pathlib
@@ -19,16 +18,6 @@ from jax.experimental.compilation_cache import compilation_cache as compilation_
 import workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With several workers, one runs all files that need the smoke run; every other file is some worker's alone."""
-    item.add_marker(pytest.mark.xdist_group("smoke run" if _needs_smoke_run(item.path) else item.path.name))
-
-
-@functools.cache
-def _needs_smoke_run(path: pathlib.Path) -> bool:
-    return "smoke_run" in path.read_text()
 
 
 @dataclasses.dataclass(frozen=True)
