@@ -6,24 +6,30 @@
     python evaluate.py --numbers=7,2,19 --target=31       # one problem, its threads printed as they run
         --record=trace.json                               # ... and its record written, for figures.py
     python evaluate.py --config.sampler.temperature=1.0   # any field of the run's own config can be set
+        --config.evaluation.samples=8                     # ... eight samples a problem: pass@k and cons@k
+        --config.evaluation.concurrent=1                  # ... one at a time: latency
+        --config.limits.extensions=2                      # ... budget forcing
+    python evaluate.py --sweep=configs/sweep.py           # many runs x budgets x temperatures, resumable
 
   1. Read the run's config and its best parameters.
   2. Run every problem through `parallel_runtime` on one `sampler.Sampler`.
   3. Grade each rollout with the one exact grader (`solver.Countdown.grade`).
   4. Name the fault that each failed rollout failed by (`verifier.explain`).
   5. Print a table, write eval.json (a summary per method and budget, with every
-     problem's result in order), and print the summary as the last line.
+     rollout's result in order), and print the summary as the last line.
 
-Intervals are Wilson's 95 % score intervals of a share.
-
-Deviations from the paper: none in what is counted (total tokens: all threads;
-sequential tokens: the longest dependent chain).
+A sweep does this for every point of its grids, each in a folder named by what
+was measured: the run, and a hash of its parameters, problems and config. So a
+sweep that is run again goes on where it stopped, and results of different
+checkpoints or problems are never mixed. `figures.py` draws what it leaves.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
 import json
-import math
 import pathlib
 import random
 import re
@@ -33,9 +39,12 @@ import typing
 from collections import Counter
 from collections.abc import Sequence
 
+import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import measures
 import parallel_runtime
 import solver
 import verifier
@@ -47,45 +56,6 @@ from workdir import UsageError, launch, load_best, read_config, usage_errors, wr
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
-RESULTS = ("total_tokens", "sequential_tokens", "children", "longest_context", "milliseconds", "truncated", "malformed")
-
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson, 1927)."""
-    z = 1.959964
-    share, spread = correct / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def summarize(rollouts: Sequence[Rollout], seconds: float) -> dict[str, typing.Any]:
-    """Accuracy with its interval, mean costs, and wall clock per problem under load ("throughput_ms")."""
-    n, correct = len(rollouts), sum(rollout.grade.correct for rollout in rollouts)
-    costs = [parallel_runtime.metrics(rollout) for rollout in rollouts]
-    means = {name: sum(cost[name] for cost in costs) / n for name in RESULTS}
-    return {
-        "n": n,
-        "correct": correct,
-        "accuracy": correct / n,
-        "interval": wilson(correct, n),
-        **means,
-        "throughput_ms": 1e3 * seconds / n,
-    }
-
-
-def windows(rollouts: Sequence[Rollout], context: int) -> dict[str, list[float]]:
-    """Context window -> accuracy and its interval if only rollouts count whose every context fits (paper, section 5).
-
-    Windows are the eighths of `context` from a quarter up.
-    """
-    result = {}
-    for window in (context * eighth // 8 for eighth in (2, 3, 4, 6, 8)):
-        fits = [r.grade.correct and parallel_runtime.longest_context(r.root) <= window for r in rollouts]
-        result[str(window)] = [sum(fits) / len(fits), *wilson(sum(fits), len(fits))]
-    return result
-
-
 def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) -> float:
     """Share of these problems that one demonstration each solves."""
     seed = experiment.config.evaluation.seed
@@ -97,80 +67,170 @@ def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) 
     return solved / len(problems)
 
 
+def budget(config: ConfigDict) -> str:
+    """What a config asks of its rollouts, for tables."""
+    asked, limits = config.prompt, config.limits
+    parts = [
+        f"{asked.sub_calls} threads asked" * (asked.sub_calls >= 0),
+        f"{asked.tokens} tokens asked" * (asked.tokens >= 0),
+        f"answer after {limits.thread_tokens} tokens" * (limits.answer_tokens > 0),
+        f"sent on {limits.extensions} times" * (limits.extensions > 0),
+    ]
+    return ", ".join(filter(None, parts)) or "free"
+
+
+def kept(config: ConfigDict, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
+    """How the rollouts kept to the budget they were given; None if they were given none."""
+    roots = [rollout.root for rollout in rollouts]
+    if (asked := config.prompt.sub_calls) >= 0:
+        return measures.adherence([len(r.threads()) - 1 for r in rollouts], asked, asked)
+    if (asked := config.prompt.tokens) >= 0:
+        low = asked - config.demonstrator.token_bin + 1
+        return measures.adherence([parallel_runtime.longest_context(root) for root in roots], low, asked)
+    if config.limits.answer_tokens:
+        used = [sum(len(call.sampled) for call in root.calls) for root in roots]
+        return measures.adherence(used, 0, config.limits.thread_tokens + config.limits.answer_tokens)
+    return None
+
+
+def fingerprint(params: typing.Any) -> str:
+    """Eight hexadecimal digits that differ where any parameter does."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return hashlib.blake2b(b"".join(leaf.tobytes() for leaf in leaves), digest_size=4).hexdigest()
+
+
+def problem_set(problems: Sequence[Problem]) -> str:
+    """The same of problems and their order."""
+    text = repr([(problem.numbers, problem.target) for problem in problems])
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def measure(
+    experiment: Experiment, params: typing.Any, problems: Sequence[Problem], label: str, step: int
+) -> tuple[dict[str, typing.Any], list[Rollout]]:
+    """The summary of an evaluation, with every rollout's result, and the rollouts.
+
+    Raises Interrupted, with what is done, on Ctrl-C: `summary_of` summarizes that.
+    """
+    config = experiment.config.evaluation
+    experiment.solve(params, problems[: experiment.config.sampler.rows], 1, config.concurrent)  # compiles; not timed
+    started = time.monotonic()
+    rollouts = experiment.solve(params, problems, config.samples, config.concurrent)
+    seconds = time.monotonic() - started
+    return summary_of(experiment, params, rollouts, config.samples, seconds, label, step), rollouts
+
+
+def summary_of(
+    experiment: Experiment,
+    params: typing.Any,
+    rollouts: Sequence[Rollout],
+    samples: int,
+    seconds: float,
+    label: str,
+    step: int,
+) -> dict[str, typing.Any]:
+    """What eval.json says of rollouts, `samples` of each problem one after another."""
+    config = experiment.config
+    problems = [group[0].problem for group in measures.grouped(rollouts, samples)]
+    failures = [fault.kind if (fault := verifier.explain(r, experiment.tokenizer)) else "" for r in rollouts]
+    return {
+        "label": label,
+        "method": config.demonstrator.method,
+        "budget": budget(config),
+        "asked": {**config.prompt, **config.limits},
+        "threads": dict(config.threads),
+        "temperature": config.sampler.temperature,
+        "context": config.model.context,
+        "concurrent": config.evaluation.concurrent,
+        **measures.summarize(rollouts, samples, seconds),
+        "kept": kept(config, rollouts),
+        "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
+        "windows": measures.windows(rollouts, config.model.context, samples),
+        "demonstrator": demonstrators_accuracy(experiment, problems),
+        "family": dict(config.problems),
+        "training_seed": config.seed,
+        "seed": config.evaluation.seed,
+        "checkpoint": step,
+        "parameters": fingerprint(params),
+        "problem_set": problem_set(problems),
+        "results": [
+            {
+                "numbers": list(rollout.problem.numbers),
+                "target": rollout.problem.target,
+                "sample": rollout.index,
+                "correct": rollout.grade.correct,
+                "reason": rollout.grade.reason,
+                "answer": list(rollout.grade.answer),
+                "failure": failure,
+                **parallel_runtime.metrics(rollout),
+            }
+            for rollout, failure in zip(rollouts, failures, strict=True)
+        ],
+    }
+
+
+def headline(summary: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """The summary without every rollout's result."""
+    return {name: value for name, value in summary.items() if name != "results"}
+
+
 def report(
     experiment: Experiment, params: typing.Any, problems: Sequence[Problem], output: pathlib.Path, step: int
 ) -> dict:
     """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line.
 
-    Ctrl-C ends it early: the same of the problems that are done, written to interrupted.json.
+    Ctrl-C ends it early: the same of the rollouts that are done, written to interrupted.json.
     """
     with usage_errors():
         output.mkdir(parents=True, exist_ok=True)
         (output / "eval.json").touch()
-    config = experiment.config
-    experiment.solve(params, problems[: config.sampler.rows])  # compiles; not timed
-    started = time.monotonic()
-    name = "eval.json"
+    label, name, started = experiment.config.name, "eval.json", time.monotonic()
     try:
-        rollouts = experiment.solve(params, problems)
+        summary, rollouts = measure(experiment, params, problems, label, step)
     except Interrupted as interrupt:
         rollouts, name = interrupt.rollouts, "interrupted.json"
         if not rollouts:
             raise
-        print(f"interrupted: {len(rollouts)} of {len(problems)} problems are done, the quick ones", file=sys.stderr)
-    summary = summarize(rollouts, time.monotonic() - started)
-    failures = [fault.kind if (fault := verifier.explain(r, experiment.tokenizer)) else "" for r in rollouts]
-    summary = {
-        "method": config.demonstrator.method,
-        "budget": "free",
-        "temperature": config.sampler.temperature,
-        "context": config.model.context,
-        **summary,
-        "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
-        "windows": windows(rollouts, config.model.context),
-        "demonstrator": demonstrators_accuracy(experiment, [rollout.problem for rollout in rollouts]),
-        "seed": config.evaluation.seed,
-        "checkpoint": step,
-    }
+        print(f"interrupted: {len(rollouts)} rollouts are done, the quick ones", file=sys.stderr)
+        summary = summary_of(experiment, params, rollouts, 1, time.monotonic() - started, label, step)
     print(table(summary))
     if (solved := next((rollout for rollout in rollouts if rollout.grade.correct and rollout.root.spawns), None)) or (
         solved := next((rollout for rollout in rollouts if rollout.grade.correct), None)
     ):
         print(f"\nOne solved problem, thread by thread:\n\n{show(solved, experiment.tokenizer)}")
-    results = [
-        {
-            "numbers": list(rollout.problem.numbers),
-            "target": rollout.problem.target,
-            "correct": rollout.grade.correct,
-            "reason": rollout.grade.reason,
-            "answer": list(rollout.grade.answer),
-            "failure": failure,
-            **parallel_runtime.metrics(rollout),
-        }
-        for rollout, failure in zip(rollouts, failures, strict=True)
-    ]
-    write_json(output / name, [{**summary, "results": results}])
-    print(json.dumps(summary))
+    write_json(output / name, [summary])
+    print(json.dumps(headline(summary)))
     return summary
 
 
 def table(summary: dict) -> str:
     """The summary for people."""
     low, high = summary["interval"]
+    k = str(summary["samples"])
+    together = [f"{name}@{k}: {summary[name][k][0]:.3f}" for name in ("pass", "cons")] if k != "1" else ["one each"]
+    rollouts = summary["n"] * summary["samples"]
     rows = [
-        ("accuracy", f"{summary['accuracy']:.3f}  (95 % {low:.3f}-{high:.3f}, {summary['correct']}/{summary['n']})"),
+        ("accuracy", f"{summary['accuracy']:.3f}  (95 % {low:.3f}-{high:.3f}, {summary['correct']}/{rollouts})"),
+        ("samples of a problem together", "  ".join(together)),
         ("demonstrator, same problems", f"{summary['demonstrator']:.3f}"),
         ("failures", "  ".join(f"{kind}: {n:.3f}" for kind, n in [*summary["failures"].items()][:4]) or "none"),
         ("child threads per problem", f"{summary['children']:.2f}"),
         ("total tokens per problem", f"{summary['total_tokens']:.0f}"),
         ("sequential tokens per problem", f"{summary['sequential_tokens']:.0f}"),
         ("longest context, mean", f"{summary['longest_context']:.0f}"),
+        ("budget, share of rollouts within", budget_line(summary)),
         ("truncated, malformed", f"{summary['truncated']:.3f}, {summary['malformed']:.3f}"),
         ("accuracy within a context of", "  ".join(f"{w}: {a[0]:.3f}" for w, a in summary["windows"].items())),
         ("ms per problem: under load", f"{summary['throughput_ms']:.1f}"),
         ("ms per problem: from start to end", f"{summary['milliseconds']:.0f}"),
     ]
     return "\n".join(f"  {name:<34} {value}" for name, value in rows)
+
+
+def budget_line(summary: dict) -> str:
+    """Budget and adherence, for people."""
+    held = summary["kept"]
+    return f"{summary['budget']}: {held['within']:.3f}, mean {held['used']:.1f}" if held else summary["budget"]
 
 
 def show_call(thread: Thread, number: int, tokenizer: Tokenizer) -> str:
@@ -239,6 +299,66 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> R
     return rollout
 
 
+# ------------------------------------------------------------------- sweeps
+
+
+@dataclasses.dataclass
+class Point:
+    """One evaluation of a sweep: a run under a label, with some fields of its config changed."""
+
+    label: str
+    workdir: pathlib.Path
+    experiment: Experiment
+
+
+def points(entries: Sequence[dict[str, typing.Any]]) -> list[Point]:
+    """Every point of a sweep, checked before any is measured. Raises UsageError naming the entry that is wrong."""
+    found = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or set(entry) != {"label", "workdir", "grid"}:
+            raise UsageError(f"entry {number} of the sweep must be a dict of label, workdir and grid, not {entry!r}")
+        stored = read_config(entry["workdir"])
+        for values in itertools.product(*entry["grid"].values()):
+            config = ConfigDict(stored)
+            try:
+                config.update_from_flattened_dict(dict(zip(entry["grid"], values, strict=True)))
+                found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), Experiment(config)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
+    return found
+
+
+def sweep(plan: Sequence[Point], output: pathlib.Path) -> None:
+    """Measures the points that `output` does not hold yet, a folder with an eval.json each; prints a line of each."""
+    for number, point in enumerate(plan, 1):
+        params, result = load_best(point.workdir, point.experiment.param_shapes())
+        problems = point.experiment.test_set()
+        key = f"{fingerprint(params)} {problem_set(problems)} {point.experiment.config.to_json(sort_keys=True)}"
+        folder = output / f"{point.label}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}".replace(" ", "-")
+        if (folder / "eval.json").exists():
+            (summary,) = json.loads((folder / "eval.json").read_text())
+        else:
+            summary, _ = measure(point.experiment, params, problems, point.label, result["step"])
+            with usage_errors():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "eval.json", [summary])
+        print(f"{number}/{len(plan)} {line(summary)}", flush=True)
+    print(json.dumps({"points": len(plan), "output": str(output)}))
+
+
+def line(summary: dict[str, typing.Any]) -> str:
+    """A point of a sweep for people."""
+    low, high = summary["interval"]
+    return (
+        f"{summary['label']}, {budget_line(summary)}, T={summary['temperature']}: "
+        f"{summary['accuracy']:.3f} ({low:.3f}-{high:.3f}), {summary['total_tokens']:.0f} tokens, "
+        f"{summary['sequential_tokens']:.0f} in sequence, {summary['children']:.1f} children"
+    )
+
+
+# ------------------------------------------------------------------- command line
+
+
 def stored_config(argv: Sequence[str]) -> ConfigDict:
     """The config of the run named by --workdir on the command line, else of the shipped checkpoint."""
     named = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--workdir=", "-workdir="))]
@@ -255,12 +375,15 @@ def define_flags() -> None:
     flags.DEFINE_list("numbers", None, "One problem: its numbers, comma-separated. Needs --target.")
     flags.DEFINE_integer("target", None, "One problem: its target. Needs --numbers.")
     flags.DEFINE_string("record", None, "One problem: file to write its record to, for figures.py. Needs --numbers.")
+    config_flags.DEFINE_config_file("sweep", None, "Grid of evaluations to run (configs/sweep.py) into --output.")
     config_flags.DEFINE_config_dict("config", stored_config(sys.argv))
 
 
 def main(_: list[str]) -> None:
     """Evaluates as the flags say."""
     args = flags.FLAGS
+    if args.sweep:
+        return sweep(points(args.sweep.entries), pathlib.Path(args.output or f"runs/{args.sweep.name}"))
     source = pathlib.Path(args.workdir or PRETRAINED)
     with usage_errors():
         experiment = Experiment(args.config)

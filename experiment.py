@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import solver
 from model import Decoder, ModelConfig
-from parallel_runtime import Limits, Request, Rollout, Runtime, Thread
+from parallel_runtime import Interrupted, Limits, Request, Rollout, Runtime, Thread
 from sampler import Sampler, SamplerConfig
 from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, Split
 from tokenizer import Tokenizer
@@ -43,7 +43,8 @@ class Experiment:
         self.limits = Limits(**config.limits)
         self.mesh = make_mesh(**config.mesh)
         told = {name: None if value == -1 else value for name, value in config.prompt.items()}
-        self.task = Countdown(self.tokenizer, d.method, told["sub_calls"], told["tokens"])
+        self.variant = Countdown(self.tokenizer, d.method, **config.threads)
+        self.task = self.variant.asking(told["sub_calls"], told["tokens"])
         self.sampler_config = SamplerConfig(**config.sampler)
         self.sampler_config.check(self.model_config, self._sampler_mesh().size)
         self.optimizer()
@@ -60,9 +61,17 @@ class Experiment:
             ("train", "eval_every"),
             ("train", "eval_problems"),
             ("evaluation", "problems"),
+            ("evaluation", "samples"),
         ):
             if config[section][field] < 1:
                 raise ValueError(f"{section}.{field}={config[section][field]} must be at least 1")
+        if config.evaluation.samples > 1 and not config.sampler.temperature:
+            raise ValueError(
+                f"evaluation.samples={config.evaluation.samples} would draw one rollout over and over "
+                "at temperature 0: set sampler.temperature"
+            )
+        if config.evaluation.concurrent < 0:
+            raise ValueError(f"evaluation.concurrent={config.evaluation.concurrent} must not be negative; 0 is all")
         micro, data = config.train.micro_rows, mesh["data"] * mesh["fsdp"]
         if config.train.rows % micro or micro % data:
             raise ValueError(
@@ -96,7 +105,7 @@ class Experiment:
 
     def demonstration(self, split: Split, seed: int, index: int) -> Rollout:
         """Demonstration number `index` of a run."""
-        return solver.demonstration(self.family, self.demonstrator, self.tokenizer, split, seed, index)
+        return solver.demonstration(self.family, self.demonstrator, self.variant, split, seed, index)
 
     def test_set(self) -> list[Problem]:
         """Held-out problems of the final evaluation. They choose nothing: see `validation_set`."""
@@ -138,10 +147,24 @@ class Experiment:
         share = requests[jax.process_index() :: jax.process_count()]
         return gather(self.runtime(params, temperature).run(share, seed))
 
-    def solve(self, params: typing.Any, problems: Sequence[Problem]) -> list[Rollout]:
-        """One rollout per problem, in order, at the config's temperature."""
-        requests = [Request(problem) for problem in problems]
-        return self.rollouts(params, self.config.sampler.temperature, requests, (self.config.evaluation.seed,))
+    def solve(
+        self, params: typing.Any, problems: Sequence[Problem], samples: int = 1, concurrent: int = 0
+    ) -> list[Rollout]:
+        """`samples` rollouts of each problem, in order, at the config's temperature; so many in flight (0: all).
+
+        Raises Interrupted, with those that are done, on Ctrl-C.
+        """
+        requests = [Request(problem, index) for problem in problems for index in range(samples)]
+        done: list[Rollout] = []
+        for start in range(0, len(requests), concurrent or len(requests)):
+            share = requests[start : start + (concurrent or len(requests))]
+            try:
+                done += self.rollouts(
+                    params, self.config.sampler.temperature, share, (self.config.evaluation.seed,)
+                )
+            except Interrupted as interrupt:
+                raise Interrupted(done + interrupt.rollouts) from interrupt
+        return done
 
 
 def local(params: typing.Any) -> typing.Any:

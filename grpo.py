@@ -36,8 +36,9 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict, config_flags
 
+import measures
 import parallel_runtime
-from evaluate import PRETRAINED, report, wilson
+from evaluate import PRETRAINED, report
 from experiment import Experiment
 from packing import Segment, TokenBatch, pack_all, segments
 from parallel_runtime import Request, Rollout
@@ -327,9 +328,7 @@ def _line(values: dict[str, float]) -> str:
 def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra: dict) -> None:
     """Solves the validation problems greedily; keeps the parameters if they are the best so far."""
     rollouts = experiment.solve(state.params, experiment.validation_set())
-    correct = sum(rollout.grade.correct for rollout in rollouts)
-    low, high = wilson(correct, len(rollouts))
-    accuracy = correct / len(rollouts)
+    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
     workdir.log(
         extra["step"],

@@ -23,6 +23,8 @@ the language of the task only through a `Task`. Per round:
      block, *extended* by the join block, and is ready again (paper section 3.2).
 
 Everything is bounded (`Limits`), and what a bound cuts is named in the record.
+Budget forcing (s1, arXiv 2501.19393) is the same rewind and extend, done to a root
+that ends: one cut by its token bound is made to answer, one that gave up is sent on.
 This module knows nothing of JAX and nothing of Countdown.
 
 Deviations from the paper: threads may nest (`Limits.depth`, 1 as in the paper by
@@ -160,6 +162,12 @@ class Task(typing.Protocol):
     def join(self, children: Sequence[Thread]) -> list[int]:
         """Join block of finished children, in the order of the spawn. A child that did not end has failed."""
 
+    def answer(self, problem: typing.Any, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """How a root cut at `ids` is made to answer: ids to keep, and at least one to append."""
+
+    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
+        """The same for a root that ended with `ids` and is to search on; None if it has answered or nothing is left."""
+
     def grade(self, problem: typing.Any, root: Thread) -> Grade:
         """Verdict on a finished root thread."""
 
@@ -265,10 +273,12 @@ class Limits:
     depth: int  # of nesting; 0 forbids spawning, 1 is the paper's
     thread_tokens: int  # sampled ids per thread
     rollout_tokens: int  # sampled ids per rollout; the children of a spawn share what is left in equal parts
+    answer_tokens: int = 0  # for the answer of a root that reached thread_tokens; 0 lets it end without one
+    extensions: int = 0  # times that a root which gives up is sent on
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            least = 1 if field.name.endswith("tokens") else 0
+            least = 1 if field.name in ("thread_tokens", "rollout_tokens") else 0
             if getattr(self, field.name) < least:
                 raise ValueError(f"limit {field.name}={getattr(self, field.name)} must be at least {least}")
 
@@ -298,6 +308,8 @@ class _Live:
     cached: int = 0  # ids of the thread that its row holds
     pending: int = 0  # children that have not ended
     rewind: int = 0  # where the spawn block being waited for starts
+    answering: bool = False  # made to, past its bound
+    extended: int = 0  # times sent on
     children: list[_Live] = dataclasses.field(default_factory=list)
 
     def priority(self) -> tuple:
@@ -406,7 +418,7 @@ class Runtime:
         own = sum(len(call.sampled) for call in live.thread.calls)
         return min(
             (self.engine.context - len(live.thread.ids()), CONTEXT),
-            (self.limits.thread_tokens - own, THREAD_TOKENS),
+            (self.limits.thread_tokens + live.answering * self.limits.answer_tokens - own, THREAD_TOKENS),
             (live.allowance - total_tokens(live.thread), ROLLOUT_TOKENS),
             key=lambda bound: bound[0],
         )
@@ -474,10 +486,12 @@ class Runtime:
         self._waiting.append(live)
 
     def _end(self, live: _Live, reason: str) -> None:
-        """Ends a thread; its row is free, and its parent goes on if it was the last child."""
+        """Ends a thread; its row is free, and its parent goes on if it was the last child. A root may be forced on."""
         live.thread.calls[-1].stop = reason
         if self.watch:
             self.watch(live.thread)
+        if live.parent is None and (forced := self._forced(live)):
+            return self._continue(live, *forced)
         if live.row is not None:
             self._rows[live.row] = None
         if live.parent is None:
@@ -489,9 +503,22 @@ class Runtime:
     def _join(self, live: _Live) -> None:
         """Rewinds a parent to before its spawn block, extends it by the join block and makes it ready."""
         self._waiting.remove(live)
-        joined = self.task.join(live.thread.spawns[-1])
-        live.thread.calls.append(Call(live.rewind, joined))
+        self._continue(live, live.rewind, self.task.join(live.thread.spawns[-1]))
+
+    def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:
+        live.thread.calls.append(Call(keep, ids))
         heapq.heappush(self._ready, (live.priority(), live))
+
+    def _forced(self, live: _Live) -> tuple[int, list[int]] | None:
+        """How a root that has stopped goes on by budget forcing; None if it does not."""
+        ids = live.thread.ids()
+        if live.thread.stop == THREAD_TOKENS and self.limits.answer_tokens and not live.answering:
+            live.answering = True
+            return self.task.answer(self._requests[live.number].problem, ids)
+        if live.thread.stop == END and live.extended < self.limits.extensions:
+            live.extended += 1
+            return self.task.extend(ids)
+        return None
 
     def _finish(self, live: _Live) -> None:
         request = self._requests[live.number]

@@ -13,6 +13,8 @@ down; a model trained on the text learns to search (paper section 4).
      children, children -> join block, root thread -> `Grade`. Model output is
      data: strictly matched, never evaluated.
   4. One exact grader (`grade_steps`) judges demonstrations and rollouts alike.
+  5. Ablations are variants of the task: a join that hands over all that a child
+     wrote, children that inherit their parent's context.
 
 Deviations from the paper and its released code (see also `search.py`):
   - Problems of a small family are drawn uniformly among the solvable ones; of a
@@ -48,6 +50,7 @@ from tokenizer import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokeniz
 Split = Literal["train", "heldout"]
 Method = Literal["sos", "sosp", "apr"]
 METHODS = ("sos", "sosp", "apr")
+JOINS = ("path", "text")
 LISTED = 3000  # families with at most this many sets of numbers are listed whole
 LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
 
@@ -332,23 +335,39 @@ def _known_nodes(text: str) -> dict[str, str]:
 class Countdown:
     """The `parallel_runtime.Task` of Countdown.
 
-    `sub_calls` and `token_budget` ask for an amount of search by the prefixes
-    that demonstrations with `condition` carry; None asks for nothing.
+    `join` says what a child hands over: the path it found (APR), or all that it
+    wrote, found or not (as in PASTA, arXiv 2502.11517). With `inherit` a child
+    sees all that its parent saw before the spawn (as in ThreadWeaver, arXiv
+    2512.07843), not its own node alone. `sub_calls` and `token_budget` ask for an
+    amount of search by the prefixes that demonstrations with `condition` carry;
+    None asks for nothing.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, method: Method, sub_calls: int | None = None, token_budget: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        method: Method,
+        join: str = "path",
+        inherit: bool = False,
+        sub_calls: int | None = None,
+        token_budget: int | None = None,
     ):
-        """Raises ValueError for an unknown method or a negative budget."""
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        """Raises ValueError for an unknown method or join, or a negative budget."""
+        for name, value, choices in (("method", method, METHODS), ("join", join, JOINS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         for name, budget in (("sub_calls", sub_calls), ("token_budget", token_budget)):
             if budget is not None and budget < 0:
                 raise ValueError(f"{name} must not be negative, it is {budget}")
-        self.tokenizer, self.method = tokenizer, method
+        self.tokenizer, self.method, self.whole, self.inherit = tokenizer, method, join == "text", inherit
+        self.variant = tokenizer, method, join, inherit
         self.end_id, self.spawn_id, self.call_id = END, tokenizer.id(SPAWN), tokenizer.id(CALL)
         self.child_prefix = "" if token_budget is None else f"Token Budget: {token_budget} "
         self.root_prefix = self.child_prefix or ("" if sub_calls is None else f"Sub Call Budget: {sub_calls} ")
+
+    def asking(self, sub_calls: int | None, token_budget: int | None) -> Countdown:
+        """This task with another budget."""
+        return Countdown(*self.variant, sub_calls, token_budget)
 
     def prompt(self, problem: Problem) -> list[int]:
         """Prompt of the root thread."""
@@ -369,8 +388,14 @@ class Countdown:
                 raise MalformedSpawn(f"node #{short(node)} was never generated")
             if node in nodes[:i]:
                 raise MalformedSpawn(f"node #{short(node)} is named twice")
-        prompts = [f"{self.child_prefix}Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
-        return Spawn(start, [self.tokenizer.encode(prompt) for prompt in prompts])
+        prompts = [f"Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
+        return Spawn(start, [self.child_prompt(ids[:start], prompt) for prompt in prompts])
+
+    def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
+        """Ids a child is given: its first lines, after its parent's context if it inherits that."""
+        if self.inherit:
+            return [*context, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.encode(self.child_prefix + prompt)
 
     def _spawned(self, before: str, block: str) -> list[str]:
         """Nodes that a well-formed spawn block names; raises MalformedSpawn.
@@ -390,15 +415,20 @@ class Countdown:
         return nodes
 
     def join(self, children: Sequence[Thread]) -> list[int]:
-        """Join block: a line per child, each success followed by the child's final path."""
+        """Join block: a line per child, each success followed by the child's final path (or each by all its text)."""
         text = ["<Sub Searches>\n"]
         for i, child in enumerate(children):
-            own = _MOVE.search(self.tokenizer.decode(child.calls[0].injected))
-            if own is None:
+            given = child.calls[0].injected
+            own = [*_MOVE.finditer(self.tokenizer.decode(given))]
+            if not own:
                 raise ValueError(f"the prompt of child {child.path} names no node")
-            where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[1]}>\n"
-            path = self._final_path(child, own[0])
-            text.append(f"<Goal Reached {where}{path}" if path else f"<No Solution {where}")
+            where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[-1][1]}>\n"
+            path = self._final_path(child, own[-1][0])
+            text.append(f"<Goal Reached {where}" if path else f"<No Solution {where}")
+            if self.whole:
+                path = self.tokenizer.decode(token for token in child.ids()[len(given) :] if token != END)
+                path += "\n" * (path != "" and path[-1] != "\n")
+            text.append(path)
         return self.tokenizer.encode("".join([*text, "<End Sub Searches>\n"]))
 
     def _final_path(self, child: Thread, first_line: str) -> str:
@@ -413,6 +443,31 @@ class Countdown:
         except ValueError:
             return ""
         return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
+
+    def answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """Makes a root answer: the goal is claimed after its last whole line (again, where it is already).
+
+        Claiming it plays the part of s1's end-of-thinking delimiter: what a trace says after it is the answer.
+        """
+        goal = self.tokenizer.id(GOAL)
+        if goal in ids:
+            return list(ids).index(goal), [goal]
+        whole = [i for i, token in enumerate(ids) if self.tokenizer.decode([token]).endswith("\n")]
+        claim = self.tokenizer.encode(f"{problem.target},{problem.target}{GOAL}")
+        return whole[-1] + 1, claim
+
+    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
+        """Sends a root that found nothing on, to the first node that it listed and never moved to; None without one.
+
+        The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up.
+        """
+        keep = len(ids) - 1 - (ids[-2] == self.tokenizer.id("No solution found.\n"))
+        text = self.tokenizer.decode(ids[:keep])
+        moved = {*re.findall(f"(?:Moving to|at) Node #({FIELDS['node']})>?\n", text)}
+        left = [node for node in _known_nodes(text) if node not in moved]
+        if not left or GOAL in text or not text.endswith("\n"):
+            return None
+        return keep, self.tokenizer.encode(f"Moving to Node #{left[0]}\n")
 
     def grade(self, problem: Problem, root: Thread) -> Grade:
         """Judges the answer of a root thread: the operations of its last state and the one that reached the goal."""
@@ -438,9 +493,9 @@ class Countdown:
 def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
     """The `Rollout` the runtime would have recorded, had the model of `task` written `trace`."""
 
-    def thread(trace: Trace, prefix: str, path: tuple[int, ...]) -> Thread:
+    def thread(trace: Trace, prompt: list[int], path: tuple[int, ...]) -> Thread:
         result = Thread(path)
-        keep, injected = 0, task.tokenizer.encode(prefix + trace.prompt)
+        keep, injected = 0, prompt
         context: list[int] = []
         for i, text in enumerate(trace.calls):
             call = Call(keep, injected, task.tokenizer.encode(text))
@@ -450,20 +505,23 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
                 continue
             call.stop = parallel_runtime.SPAWN
             context = context[:keep] + injected + call.sampled
-            children = [thread(child, task.child_prefix, (*path, i, j)) for j, child in enumerate(trace.spawns[i])]
-            result.spawns.append(children)
             keep = len(context) - 1 - context[::-1].index(task.call_id)
-            injected = task.join(children)
+            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
+            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
+            injected = task.join(result.spawns[-1])
         return result
 
-    root = thread(trace, task.root_prefix, ())
+    root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())
     return Rollout(problem, root, task.grade(problem, root))
 
 
 def demonstration(
-    family: ProblemRange, config: DemonstratorConfig, tokenizer: Tokenizer, split: Split, seed: int, index: int
+    family: ProblemRange, config: DemonstratorConfig, task: Countdown, split: Split, seed: int, index: int
 ) -> Rollout:
-    """Demonstration number `index`: (seed, index) fixes everything, in any process. Raises as `problem` does."""
+    """Demonstration number `index`, recorded as threads of `task` that may state their budget.
+
+    (seed, index) fixes everything, in any process. Raises as `problem` does.
+    """
     rng = random.Random(f"demonstration {config} {split} {seed} {index}")
     drawn = problem(family, split, seed, index)
     trace = demonstrate(drawn, config, rng)
@@ -472,9 +530,9 @@ def demonstration(
         if config.method == "apr":
             sub_calls = trace.width()
         else:
-            tokens = 1 + len(tokenizer.encode("".join([trace.prompt, *trace.calls])))
+            tokens = 1 + len(task.tokenizer.encode("".join([trace.prompt, *trace.calls])))
             token_budget = -(-tokens // config.token_bin) * config.token_bin
-    return record(drawn, trace, Countdown(tokenizer, config.method, sub_calls, token_budget))
+    return record(drawn, trace, task.asking(sub_calls, token_budget))
 
 
 def stored(rollout: Rollout, method: Method, number_limit: int) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         demonstrator = dataclasses.replace(experiment.demonstrator, **changes)
         found: list[typing.Any] = []
         for index in itertools.count():
-            rollout = solver.demonstration(experiment.family, demonstrator, experiment.tokenizer, "train", 0, index)
+            rollout = solver.demonstration(experiment.family, demonstrator, experiment.task, "train", 0, index)
             fits = longest_context(rollout.root) <= config.model.context
             if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
                 found.append(rollout)

@@ -39,17 +39,17 @@ def text_rate(start: int, n: int, clock: Callable[[], float] = time.perf_counter
 
 def record_rate(start: int, n: int) -> float:
     """APR demonstrations per second as records: problem, text, ids and grade."""
-    tokenizer = Tokenizer(number_limit=1000)
+    task = solver.Countdown(Tokenizer(number_limit=1000), "apr")
     begin = time.perf_counter()
     for i in range(n):
-        solver.demonstration(FAMILY, CONFIGS["apr"], tokenizer, "train", 0, start + i)
+        solver.demonstration(FAMILY, CONFIGS["apr"], task, "train", 0, start + i)
     return n / (time.perf_counter() - begin)
 
 
 def statistics(method: str, n: int) -> dict[str, float]:
     """Accuracy, children and tokens per problem of a demonstrator."""
-    tokenizer = Tokenizer(number_limit=1000)
-    rollouts = [solver.demonstration(FAMILY, CONFIGS[method], tokenizer, "heldout", 0, i) for i in range(n)]
+    task = solver.Countdown(Tokenizer(number_limit=1000), CONFIGS[method].method)
+    rollouts = [solver.demonstration(FAMILY, CONFIGS[method], task, "heldout", 0, i) for i in range(n)]
     calls = [call for rollout in rollouts for thread in rollout.threads() for call in thread.calls]
     return {
         f"{method}_accuracy": round(sum(rollout.grade.correct for rollout in rollouts) / n, 3),

@@ -39,6 +39,15 @@ SAMPLING = {
     "paper": (256, 256 * 4096),
 }
 PRESETS = tuple(FAMILIES)
+LIMITS = dict(
+    children=16,  # per spawn
+    spawns=16,  # per thread
+    depth=1,  # of nesting
+    thread_tokens=4096,
+    rollout_tokens=65536,
+    answer_tokens=0,  # budget forcing: more tokens for the answer of a root that reached thread_tokens
+    extensions=0,  # budget forcing: times that a root which gives up is sent on
+)
 
 
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
@@ -82,10 +91,19 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 beta1=0.9,
                 beta2=0.99,
             ),
+            threads=dict(
+                join="path",  # what a child hands over: the path it found, or "text", all it wrote
+                inherit=False,  # whether a child sees what its parent saw
+            ),
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of (`condition`); -1 is none
-            limits=dict(children=16, spawns=16, depth=1, thread_tokens=4096, rollout_tokens=65536),
+            limits=LIMITS,
             sampler=dict(rows=rollout_rows, burst=32, bucket=64, view=view, temperature=0.0, top_k=0, top_p=1.0),
-            evaluation=dict(problems=16 if preset == "smoke" else 500, seed=0),
+            evaluation=dict(
+                problems=16 if preset == "smoke" else 500,
+                samples=1,  # rollouts of each problem, for pass@k and cons@k
+                concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
+                seed=0,
+            ),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
         )
     )

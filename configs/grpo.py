@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.common import LIMITS
+
 PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # A small model slips so often at temperature 1 (0.43 right; at 0.5 it is 0.63) that the reward says little about how
 # it searched; and groups without a signal would cost it as much time as others.
@@ -67,9 +69,14 @@ def get_config(preset: str = "laptop") -> ConfigDict:
                 beta2=0.99,
             ),
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of; -1 is none
-            limits=dict(children=16, spawns=16, depth=1, thread_tokens=4096, rollout_tokens=65536),
+            limits=LIMITS,
             rows=p["rows"],  # of the sampler
             eval_problems=8 if preset == "smoke" else 200,
-            evaluation=dict(problems=16 if preset == "smoke" else 500, seed=0),
+            evaluation=dict(
+                problems=16 if preset == "smoke" else 500,
+                samples=1,  # rollouts of each problem, for pass@k and cons@k
+                concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
+                seed=0,
+            ),
         )
     ).lock()

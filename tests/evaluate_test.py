@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import evaluate
+import measures
 import parallel_runtime
 import solver
 from configs import apr
@@ -42,12 +43,12 @@ def one_device(preset: str) -> ConfigDict:
     ],
 )
 def test_wilson_against_known_intervals(correct, n, low, high):
-    assert evaluate.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
+    assert measures.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_wilson_is_where_the_score_test_just_rejects():
     """Wilson's ends are the shares whose score statistic is 1.96: the definition, solved backwards."""
-    low, high = evaluate.wilson(29, 40)
+    low, high = measures.wilson(29, 40)
     for share in (low, high):
         assert abs(29 / 40 - share) / math.sqrt(share * (1 - share) / 40) == pytest.approx(1.959964, abs=1e-5)
 
@@ -68,10 +69,10 @@ def test_a_summary_by_hand():
     first = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 40.0)
     second = rollout_of(False, [100], [], parallel_runtime.CONTEXT, 60.0)
     third = rollout_of(False, [3], [], parallel_runtime.MALFORMED, 20.0)
-    summary = evaluate.summarize([first, second, third], seconds=0.6)
+    summary = measures.summarize([first, second, third], 1, seconds=0.6)
     assert (summary["n"], summary["correct"]) == (3, 1)
     assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert summary["interval"] == evaluate.wilson(1, 3)
+    assert summary["interval"] == measures.wilson(1, 3)
     assert summary["total_tokens"] == pytest.approx((107 + 100 + 3) / 3)
     assert summary["sequential_tokens"] == pytest.approx((77 + 100 + 3) / 3)
     assert summary["children"] == pytest.approx(2 / 3)
@@ -88,19 +89,20 @@ def test_accuracy_by_context_window_by_hand():
         rollout_of(True, [100], [], parallel_runtime.END, 0.0),
         rollout_of(False, [3], [], parallel_runtime.END, 0.0),
     ]
-    windows = evaluate.windows(rollouts, 160)
+    windows = measures.windows(rollouts, 160, 1)
     assert list(windows) == ["40", "60", "80", "120", "160"]
     assert [window[0] for window in windows.values()] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
-    assert windows["80"][1:] == list(evaluate.wilson(1, 3))
+    assert windows["80"][1:] == measures.wilson(1, 3)
 
 
 def test_the_table_names_every_figure():
     rollouts = [rollout_of(True, [20], [], parallel_runtime.END, 40.0)]
-    windows = evaluate.windows(rollouts, 64)
+    windows = measures.windows(rollouts, 64, 1)
     failures = {"exhausted": 0.5, "duplicate": 0.25, "truncated": 0.0625, "false_goal": 0.03, "wrong_state": 0.01}
-    summary = {**evaluate.summarize(rollouts, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
+    summary = {**measures.summarize(rollouts, 1, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
+    summary |= {"budget": "3 threads asked", "kept": measures.adherence([3, 2], 3, 3)}
     text = evaluate.table(summary)
-    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000"):
+    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000", "3 threads asked: 0.500, mean 2.5"):
         assert figure in text
     assert "exhausted: 0.500  duplicate: 0.250  truncated: 0.062  false_goal: 0.030\n" in text  # the first four
     assert re.search("^  failures +none$", evaluate.table({**summary, "failures": {}}), re.MULTILINE)
@@ -233,7 +235,7 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
     for result in entry["results"]:
         assert result["correct"] == expected[tuple(result["numbers"]), result["target"]]
     assert (tmp_path / "eval.json").read_text() == "[]"
-    assert "interrupted: 5 of 16 problems are done" in capsys.readouterr().err
+    assert "interrupted: 5 rollouts are done" in capsys.readouterr().err
 
 
 def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_path):

@@ -145,7 +145,7 @@ def demonstrated(config: ConfigDict, index: int) -> Rollout:
     """Demonstration `index`, made without the stream."""
     experiment = Experiment(config)
     return solver.demonstration(
-        experiment.family, experiment.demonstrator, experiment.tokenizer, "train", config.seed, index
+        experiment.family, experiment.demonstrator, experiment.task, "train", config.seed, index
     )
 
 

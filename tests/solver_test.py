@@ -424,7 +424,7 @@ def test_conditioned_demonstrations_carry_what_they_used(method):
     config = dataclasses.replace(plain, condition=0.5)
     prefixed = 0
     for index in range(30):
-        rollout = solver.demonstration(PAPER, config, TOKENIZER, "train", 0, index)
+        rollout = solver.demonstration(PAPER, config, Countdown(TOKENIZER, method), "train", 0, index)
         prompt = TOKENIZER.decode(rollout.root.calls[0].injected)
         bare = prompt[prompt.index("Moving" if method == "apr" else "Current") :]
         prefixed += prompt != bare
@@ -587,7 +587,7 @@ DIGEST = """
 import dataclasses, hashlib, json, solver
 from tests.solver_test import CONFIGS, LAPTOP, PAPER, TOKENIZER
 made = [
-    dataclasses.asdict(solver.demonstration(family, config, TOKENIZER, "train", 3, index))
+    dataclasses.asdict(solver.demonstration(family, config, solver.Countdown(TOKENIZER, config.method), "train", 3, index))
     for family in (LAPTOP, PAPER) for config in CONFIGS.values() for index in (0, 5)
 ]
 print(hashlib.sha256(json.dumps(made).encode()).hexdigest())
@@ -602,7 +602,7 @@ def test_seed_and_index_fix_everything_in_any_process():
         assert run.returncode == 0, run.stderr
         digests.add(run.stdout)
     assert len(digests) == 1
-    first, second = (solver.demonstration(PAPER, APR, TOKENIZER, "train", 3, index) for index in (0, 1))
+    first, second = (solver.demonstration(PAPER, APR, Countdown(TOKENIZER, "apr"), "train", 3, index) for index in (0, 1))
     assert first.problem != second.problem
 
 

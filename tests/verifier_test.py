@@ -101,7 +101,7 @@ def kind_of(rollout):
 def test_right_demonstrations_have_no_faults(method, count):
     solved = 0
     for index in range(200):
-        rollout = demonstration(FAMILIES[count], CONFIGS[method], TOKENIZER, "train", 0, index)
+        rollout = demonstration(FAMILIES[count], CONFIGS[method], Countdown(TOKENIZER, method), "train", 0, index)
         assert faults_of(rollout) == []
         assert kind_of(rollout) == ("" if rollout.grade.correct else verifier.EXHAUSTED)
         solved += rollout.grade.correct
@@ -389,7 +389,7 @@ def test_what_an_operation_results_in_is_what_the_grader_says(sign):
 @functools.cache
 def bases():
     """Demonstrations to mutate."""
-    made = [demonstration(FAMILIES[3], c, TOKENIZER, "train", 1, i) for c in CONFIGS.values() for i in range(30)]
+    made = [demonstration(FAMILIES[3], c, Countdown(TOKENIZER, c.method), "train", 1, i) for c in CONFIGS.values() for i in range(30)]
     return [*made, rollout_of(SOLVED), rollout_of(FAILED)]
 
 

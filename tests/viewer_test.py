@@ -11,6 +11,7 @@ import pytest
 import evaluate
 import figures
 import solver
+import viewer
 from parallel_runtime import MALFORMED, SPAWN, Call, Grade, Rollout, Thread, sequential_tokens, total_tokens
 from search import Trace
 from solver import Countdown, DemonstratorConfig, Problem
@@ -54,7 +55,7 @@ def thread(*parts, path=()):
 def test_two_spawns_on_the_clock_by_hand():
     """Children of 5 and 8 tokens from 10 to 18; then 4 tokens; then two of 7 from 22 to 29; then 3 to the end at 32."""
     root = thread(10, [thread(5), thread(8)], 4, [thread(7), thread(7)], 3)
-    lanes = figures.timeline(root)
+    lanes = viewer.timeline(root)
     assert [lane.starts for lane in lanes] == [[0, 18, 29], [10], [10], [22], [22]]
     assert [lane.critical for lane in lanes] == [True, False, True, True, False]  # the first of the slowest
     assert [lane.joins for lane in lanes] == [[18, 29], [], [], [], []]
@@ -64,21 +65,21 @@ def test_two_spawns_on_the_clock_by_hand():
 def test_the_clock_of_children_of_children_by_hand():
     """The child spawns at 3 + 2 = 5, waits for 6 tokens to 11 and ends at 12; its sibling is over at 3 + 8 = 11."""
     child = thread(2, [thread(6), thread(1)], 1)
-    lanes = figures.timeline(thread(3, [child, thread(8)], 4))
+    lanes = viewer.timeline(thread(3, [child, thread(8)], 4))
     assert [lane.starts for lane in lanes] == [[0, 12], [3, 11], [5], [5], [3]]
     assert [lane.critical for lane in lanes] == [True, True, True, False, False]
     assert [lane.joins for lane in lanes] == [[12], [11], [], [], []]
 
 
 def test_what_a_slow_child_waited_for_is_critical_but_not_what_a_fast_one_did():
-    lanes = figures.timeline(thread(1, [thread(2, [thread(3)], 1), thread(8)], 1))
+    lanes = viewer.timeline(thread(1, [thread(2, [thread(3)], 1), thread(8)], 1))
     assert [(lane.starts, lane.critical) for lane in lanes[1:]] == [([1, 6], False), ([3], False), ([1], True)]
 
 
 def test_the_critical_path_is_as_long_as_the_sequential_tokens():
     spawned = 0
     for _, rollout in demonstrations():
-        lanes = figures.timeline(rollout.root)
+        lanes = viewer.timeline(rollout.root)
         lengths = [[len(call.sampled) for call in lane.thread.calls] for lane in lanes]
         critical = [
             (start, start + tokens)
@@ -134,7 +135,7 @@ def hand_built():
 
 
 def tree_of(rollout):
-    return figures.search_tree(rollout, figures.timeline(rollout.root), TOKENIZER)
+    return viewer.search_tree(rollout, viewer.timeline(rollout.root), TOKENIZER)
 
 
 def test_the_search_tree_by_hand():
@@ -216,7 +217,7 @@ def test_trees_of_demonstrations_hold_together():
 def test_what_the_rewind_removed_is_the_spawn_block():
     root = hand_built().root
     shown = [
-        [(kind, removed, TOKENIZER.decode(ids)) for kind, removed, ids in figures.pieces(root, number)]
+        [(kind, removed, TOKENIZER.decode(ids)) for kind, removed, ids in viewer.pieces(root, number)]
         for number in range(2)
     ]
     joined = TOKENIZER.decode(root.calls[1].injected)
@@ -233,9 +234,9 @@ def test_a_rewind_may_reach_back_to_given_text_or_further():
         (1, [("given", False, [5]), ("given", True, [6, 7]), ("sampled", True, [8, 9])]),
     ):
         calls[1].keep = keep
-        assert figures.pieces(Thread((), calls), 0) == expected
+        assert viewer.pieces(Thread((), calls), 0) == expected
     calls[1].keep = 4
-    assert figures.pieces(Thread((), calls), 1) == [("given", True, [3]), ("sampled", True, [8])]
+    assert viewer.pieces(Thread((), calls), 1) == [("given", True, [3]), ("sampled", True, [8])]
 
 
 # ---------------------------------------------------------------- the page
@@ -248,7 +249,7 @@ def data_in(html):
 
 def test_the_page_holds_the_costs_and_the_threads_by_hand():
     rollout = hand_built()
-    data = data_in(figures.page(figures.page_data(rollout, "apr", TOKENIZER)))
+    data = data_in(viewer.page(viewer.page_data(rollout, "apr", TOKENIZER)))
     total, sequential = total_tokens(rollout.root), sequential_tokens(rollout.root)
     assert data["problem"] == {"numbers": [4, 2, 2], "target": 8}
     assert data["costs"]["total_tokens"] == total and data["costs"]["sequential_tokens"] == sequential
@@ -265,8 +266,8 @@ def test_text_in_the_data_cannot_leave_its_element():
     rollout = with_sampled(BLOCK)
     rollout.root.detail = attack
     rollout.grade = Grade(False, attack, (attack,))
-    html = figures.page(figures.page_data(rollout, attack, TOKENIZER))
-    empty = figures.TEMPLATE.read_text()
+    html = viewer.page(viewer.page_data(rollout, attack, TOKENIZER))
+    empty = viewer.TEMPLATE.read_text()
     for mark in ("<script", "</script", "<!--"):
         assert html.count(mark) == empty.count(mark)
     data = data_in(html)
@@ -276,14 +277,14 @@ def test_text_in_the_data_cannot_leave_its_element():
 
 
 def test_the_template_has_one_place_for_the_data_and_fetches_nothing():
-    template = figures.TEMPLATE.read_text()
-    assert template.count(figures.PLACEHOLDER) == 1
+    template = viewer.TEMPLATE.read_text()
+    assert template.count(viewer.PLACEHOLDER) == 1
     assert set(re.findall(r"https?://[^\"']*", template)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert not re.search(r"\bsrc=|<link|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write", template)
 
 
 def test_every_stop_has_words():
-    assert set(figures.STOPPED) == set(figures.pr.STOPS)
+    assert set(viewer.STOPPED) == set(viewer.pr.STOPS)
 
 
 # ---------------------------------------------------------------- trace files
@@ -296,7 +297,7 @@ def write(path, rollout, method="apr"):
 
 def test_a_record_is_read_back_as_it_was(tmp_path):
     for method, rollout in demonstrations():
-        again, read_method, tokenizer = figures.read_trace(write(tmp_path / "trace.json", rollout, method))
+        again, read_method, tokenizer = viewer.read_trace(write(tmp_path / "trace.json", rollout, method))
         assert again == rollout and read_method == method and tokenizer.vocab_size == TOKENIZER.vocab_size
 
 
@@ -304,7 +305,7 @@ def test_numbers_of_a_sampled_record_are_read_back_to_the_bit(tmp_path):
     rollout = with_sampled(BLOCK)
     rollout.index, rollout.milliseconds = 3, 0.1 + 0.2
     rollout.root.calls[0].logprobs = [-1e-7 / 3] * len(rollout.root.calls[0].sampled)
-    again, *_ = figures.read_trace(write(tmp_path / "trace.json", rollout))
+    again, *_ = viewer.read_trace(write(tmp_path / "trace.json", rollout))
     assert again == rollout
 
 
@@ -340,7 +341,7 @@ def test_a_file_that_is_no_trace_is_refused_in_one_sentence(where, value, words,
     inner[last] = value
     (tmp_path / "trace.json").write_text(json.dumps(stored))
     with pytest.raises(UsageError) as caught:
-        figures.read_trace(str(tmp_path / "trace.json"))
+        viewer.read_trace(str(tmp_path / "trace.json"))
     message = str(caught.value)
     assert words in message and "trace.json is no trace file" in message and "\n" not in message
 
@@ -349,14 +350,14 @@ def test_a_thread_that_goes_on_after_its_end_is_refused(tmp_path):
     root = thread(3, [thread(1)], 2)
     root.calls.reverse()
     with pytest.raises(UsageError, match="goes on only after a spawn"):
-        figures.read_trace(write(tmp_path / "trace.json", Rollout(Problem((4, 2, 2), 8), root, Grade(False, ""))))
+        viewer.read_trace(write(tmp_path / "trace.json", Rollout(Problem((4, 2, 2), 8), root, Grade(False, ""))))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"problem", b"[]", b"7"])
 def test_a_file_that_is_no_json_object_is_refused(content, tmp_path):
     (tmp_path / "trace.json").write_bytes(content)
     with pytest.raises(UsageError):
-        figures.read_trace(str(tmp_path / "trace.json"))
+        viewer.read_trace(str(tmp_path / "trace.json"))
 
 
 # ---------------------------------------------------------------- the commands
@@ -379,7 +380,7 @@ def test_the_command_draws_a_rollout_of_a_model(smoke_run, command: Callable, tm
     problem = ("--numbers=7,2,9", "--target=18", f"--record={path}")
     ended = command(evaluate, f"--workdir={smoke_run.path}", *problem, *small)
     assert ended.status == 0, ended.err
-    rollout, method, tokenizer = figures.read_trace(str(path))
+    rollout, method, tokenizer = viewer.read_trace(str(path))
     assert evaluate.show_call(rollout.root, 0, tokenizer) in ended.out
     assert method == "apr" and len(rollout.root.calls[0].logprobs) == len(rollout.root.calls[0].sampled)
     assert command(figures, f"--trace={path}").status == 0

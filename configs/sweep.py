@@ -1,0 +1,49 @@
+"""What `evaluate.py --sweep` measures: the paper's comparisons for the runs of one preset.
+
+    python evaluate.py --sweep=configs/sweep.py            # preset laptop: the README says how its runs are trained
+    python evaluate.py --sweep=configs/sweep.py:desktop    # laptop, desktop, gpu, paper
+    python figures.py --results=runs/sweep
+
+An entry is a label for tables, the workdir of a run, and a grid: field of its config -> values. Every combination is a
+point. A sweep of one's own is a file like this one, whose `get_config` returns a name and entries.
+"""
+
+from ml_collections import ConfigDict
+
+TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
+# Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
+BUDGETS = {
+    "laptop": ((0, 2, 3, 4, 5), (256, 512), (128, 192, 256, 320, 384)),
+    "desktop": ((0, 2, 4, 6, 8, 10), (512, 1024), (256, 384, 512, 768)),
+    "gpu": ((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
+    "paper": ((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
+}
+
+
+def get_config(preset: str = "laptop") -> ConfigDict:
+    """The sweep of one preset. Raises ValueError on an unknown one."""
+    if preset not in BUDGETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(BUDGETS)}")
+    threads, tokens, cuts = BUDGETS[preset]
+    suffix = "" if preset == "laptop" else f"-{preset}"
+
+    runs = {"SoS": "sos", "SoS+": "sosp", "APR": "apr", "SoS+ RL": "grpo-sosp", "APR RL": "grpo-apr"}
+    runs |= {"APR asked": "apr-asked", "APR asked RL": "grpo-apr-asked", "SoS+ asked": "sosp-asked"}
+    pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
+    grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
+        (trained, {"sampler.temperature": TEMPERATURES}),
+        (trained[1:], {"sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
+        (trained, {"evaluation.concurrent": (1,)}),
+        (("APR asked", "APR asked RL"), {"prompt.sub_calls": threads}),
+        (("SoS+ asked",), {"prompt.tokens": tokens}),
+        (pair, {"limits.thread_tokens": cuts, "limits.answer_tokens": (96,)}),
+        (pair, {"limits.extensions": (1, 2, 4)}),
+        (("APR",), {"threads.join": ("text",)}),
+        (("APR",), {"threads.inherit": (True,)}),
+    ]
+    entries = tuple(
+        {"label": label, "workdir": f"runs/{runs[label]}{suffix}", "grid": grid}
+        for labels, grid in grids
+        for label in labels
+    )
+    return ConfigDict({"name": f"sweep{suffix}", "entries": entries}).lock()
