@@ -406,9 +406,8 @@ class Runtime:
                 continue
             assert live.row is not None
             ids = live.thread.ids()
-            keep = min(live.cached, live.thread.calls[-1].keep)
             drawn = sum(len(call.sampled) for call in live.thread.calls)
-            fills.append(Fill(live.row, keep, ids[keep:], live.key, drawn, limit))
+            fills.append(Fill(live.row, live.cached, ids[live.cached :], live.key, drawn, limit))
             self._active[live.row] = live
             self._start.setdefault(live.number, time.monotonic())
         return fills
@@ -506,6 +505,7 @@ class Runtime:
         self._continue(live, live.rewind, self.task.join(live.thread.spawns[-1]))
 
     def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:
+        live.cached = min(live.cached, keep)
         live.thread.calls.append(Call(keep, ids))
         heapq.heappush(self._ready, (live.priority(), live))
 

@@ -72,7 +72,7 @@ def rollout_from_json(value: typing.Any, vocab_size: int) -> Rollout:
         forced = [not result.path and call.stop in (pr.END, pr.THREAD_TOKENS) for call in result.calls]
         goes_on = [a or b for a, b in zip(spawned, forced, strict=True)][:-1]
         if not (spawned and all(goes_on) and all(result.spawns) and len(result.spawns) == sum(spawned[:-1])):
-            raise ValueError("a thread goes on only after a spawn (or forced, a root), and has children for each of its spawns")
+            raise ValueError("a thread goes on only after a spawn, or forced, and has children for each of its spawns")
         return result
 
     fields = _fields(value, "rollout", problem=dict, root=dict, grade=dict, index=int, milliseconds=(int, float))

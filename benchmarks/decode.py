@@ -5,9 +5,10 @@ stop where the recorded demonstration stopped, so that the runtime sees real
 spawns, joins and lengths while the sampler does all the work. The same problems
 run
 
-  refill   as the runtime does it, freed rows taken at once;
-  waves    in lock-step: no row is refilled before all have stopped;
-  serial   on a single row: one thread at a time.
+  refill    as the runtime does it, freed rows taken at once;
+  waves     no row is refilled before all have stopped, but rows that have stopped are left out of the next burst;
+  lockstep  waves in which every row decodes on until the longest has stopped, as in a batch that is padded;
+  serial    on a single row: one thread at a time.
 
 "alone" is the latency of one problem with eight children and nothing else in flight: over
 its ideal (its sequential tokens times one step of a single row), and of its children's part
@@ -63,10 +64,10 @@ def best(repeats: int, action: Callable[[], object]) -> float:
 class Replay:
     """A sampler under the runtime whose calls stop where recorded ones did, and seem to sample their ids."""
 
-    def __init__(self, engine: typing.Any, rollouts: Sequence[typing.Any], waves: bool = False) -> None:
+    def __init__(self, engine: typing.Any, rollouts: Sequence[typing.Any], schedule: str = "refill") -> None:
         from parallel_runtime import Request, thread_key
 
-        self.engine, self.waves = engine, waves
+        self.engine, self.schedule = engine, schedule
         self.rows, self.devices, self.context = engine.rows, engine.devices, engine.context
         self.requests = [Request(rollout.problem, index) for index, rollout in enumerate(rollouts)]
         self._recorded: dict[tuple[tuple[int, int], int], list[int]] = {}
@@ -86,23 +87,26 @@ class Replay:
         """Sets rows going, for as many ids as were recorded."""
         for fill in fills:
             self._held[fill.row] = self._recorded[fill.key, fill.drawn]
-        self.engine.prefill([dataclasses.replace(fill, limit=len(self._held[fill.row])) for fill in fills])
+        limits = {fill.row: len(self._held[fill.row]) for fill in fills}
+        if self.schedule == "lockstep":
+            limits = dict.fromkeys(limits, max(limits.values()))
+        self.engine.prefill([dataclasses.replace(fill, limit=limits[fill.row]) for fill in fills])
 
     def decode(self) -> list[typing.Any]:
-        """Rows that have stopped, with the recorded ids; in waves, all of them."""
+        """Rows that have stopped, with the recorded ids; all of them unless rows are refilled."""
         stopped = self.engine.decode()
-        while self.waves and (more := self.engine.decode()):
+        while self.schedule != "refill" and (more := self.engine.decode()):
             stopped += more
         return [dataclasses.replace(row, ids=self._held[row.row]) for row in stopped]
 
 
 def replay(
-    experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], repeats: int, waves: bool
+    experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], repeats: int, schedule: str
 ) -> dict:
     """Figures of the best run of the rollouts; the first run compiles and is not counted."""
     from parallel_runtime import Runtime, total_tokens
 
-    replaying = Replay(engine, rollouts, waves)
+    replaying = Replay(engine, rollouts, schedule)
 
     runtime = Runtime(replaying, experiment.task, experiment.limits)
 
@@ -113,7 +117,7 @@ def replay(
     engine.counters.clear()
     seconds = best(repeats, run)
     counters, tokens = engine.counters, sum(total_tokens(rollout.root) for rollout in rollouts)
-    assert counters["decode_tokens"] == tokens * repeats
+    assert counters["decode_tokens"] == tokens * repeats or schedule == "lockstep"
     total = sum(counters[f"{part}_seconds"] for part in ("prefill", "decode", "host"))
     return {
         "tokens_per_s": tokens / seconds,
@@ -200,15 +204,15 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         "equal_tokens_per_s": {n: equal(engine(n), args.repeats) for n in args.equal_rows}
     }
     many, step = engine(args.rows), 1 / equal(engine(1), args.repeats)
-    figures["refill"] = replay(experiment, many, rollouts, args.repeats, waves=False)
-    figures["waves"] = replay(experiment, many, rollouts, args.repeats, waves=True)
+    for schedule in ("refill", "waves", "lockstep"):
+        figures[schedule] = replay(experiment, many, rollouts, args.repeats, schedule)
     milliseconds, children = alone(experiment, many, wide)
     figures["alone"] = {
         "milliseconds": milliseconds,
         "over_ideal": milliseconds / (1e3 * step * sum(sequential_tokens(r.root) for r in wide) / len(wide)),
         "children_speedup": alone(experiment, engine(2), wide)[1] / children,
     }
-    figures["serial"] = replay(experiment, engine(1), few, 1, waves=False)
+    figures["serial"] = replay(experiment, engine(1), few, 1, "refill")
     calls = []
     for thread in (thread for rollout in rollouts for thread in rollout.threads()):
         for call in thread.calls:

@@ -20,7 +20,7 @@ import typing
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-HOST_ONLY = ("packing", "parallel_runtime", "solver", "tokenizer", "verifier")  # never import JAX, nor what needs it
+HOST_ONLY = ("measures", "packing", "parallel_runtime", "solver", "tokenizer", "verifier")  # never import JAX, nor what needs it
 ACCELERATOR = {"flax", "jax", "jaxlib", "optax", "orbax"}
 EXTRAS = {"tests": "test", "benchmarks": "benchmarks"}  # folder: the extra of pyproject.toml it may lean on
 

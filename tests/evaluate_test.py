@@ -1,11 +1,11 @@
 """Evaluation: intervals, summaries, the held-out sets, problems files, and the command on one problem."""
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -15,8 +15,9 @@ import parallel_runtime
 import solver
 from configs import apr
 from experiment import Experiment
-from parallel_runtime import Call, Fill, Grade, Rollout, Runtime, Stopped, Thread
+from parallel_runtime import Fill, Rollout, Runtime, Stopped
 from solver import Problem
+from tests.measures_test import rollout_of
 from workdir import UsageError
 
 SMALL = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.bucket=512")  # few compilations
@@ -30,69 +31,6 @@ def one_device(preset: str) -> ConfigDict:
 
 
 # ------------------------------------------------------------------- numbers
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [  # found by bisection of the score statistic, not by the formula
-        (8, 10, 0.4901625, 0.9433178),
-        (0, 16, 0.0, 0.1936077),
-        (16, 16, 0.8063923, 1.0),
-        (355, 500, 0.6687452, 0.7480526),
-        (1, 2, 0.0945312, 0.9054688),
-    ],
-)
-def test_wilson_against_known_intervals(correct, n, low, high):
-    assert measures.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
-
-
-def test_wilson_is_where_the_score_test_just_rejects():
-    """Wilson's ends are the shares whose score statistic is 1.96: the definition, solved backwards."""
-    low, high = measures.wilson(29, 40)
-    for share in (low, high):
-        assert abs(29 / 40 - share) / math.sqrt(share * (1 - share) / 40) == pytest.approx(1.959964, abs=1e-5)
-
-
-def rollout_of(correct: bool, parent: list[int], children: list[list[int]], stop: str, milliseconds: float) -> Rollout:
-    """A rollout whose threads' calls sampled so many ids after a prompt of ten; children come before the last call."""
-    calls = [Call(0 if i == 0 else 10, [2] * (10 if i == 0 else 5), [3] * n) for i, n in enumerate(parent)]
-    calls[-1].stop = stop
-    root = Thread((), calls)
-    for spawn, sizes in enumerate(children):
-        calls[spawn].stop = parallel_runtime.SPAWN
-        root.spawns.append([Thread((spawn, i), [Call(0, [2] * 10, [3] * n)]) for i, n in enumerate(sizes)])
-    return Rollout(Problem((1, 2), 3), root, Grade(correct, "" if correct else "no answer"), 0, milliseconds)
-
-
-def test_a_summary_by_hand():
-    """Two children of 30 and 50 ids between 20 and 7 of the parent; and one thread of 100 that ran out of context."""
-    first = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 40.0)
-    second = rollout_of(False, [100], [], parallel_runtime.CONTEXT, 60.0)
-    third = rollout_of(False, [3], [], parallel_runtime.MALFORMED, 20.0)
-    summary = measures.summarize([first, second, third], 1, seconds=0.6)
-    assert (summary["n"], summary["correct"]) == (3, 1)
-    assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert summary["interval"] == measures.wilson(1, 3)
-    assert summary["total_tokens"] == pytest.approx((107 + 100 + 3) / 3)
-    assert summary["sequential_tokens"] == pytest.approx((77 + 100 + 3) / 3)
-    assert summary["children"] == pytest.approx(2 / 3)
-    assert summary["longest_context"] == pytest.approx((60 + 110 + 13) / 3)
-    assert summary["truncated"] == summary["malformed"] == pytest.approx(1 / 3)
-    assert summary["milliseconds"] == pytest.approx(40)
-    assert summary["throughput_ms"] == pytest.approx(200)
-
-
-def test_accuracy_by_context_window_by_hand():
-    """Contexts of 60 and 110, both right, and one of 13 that is wrong: a window counts what fits it."""
-    rollouts = [
-        rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 0.0),
-        rollout_of(True, [100], [], parallel_runtime.END, 0.0),
-        rollout_of(False, [3], [], parallel_runtime.END, 0.0),
-    ]
-    windows = measures.windows(rollouts, 160, 1)
-    assert list(windows) == ["40", "60", "80", "120", "160"]
-    assert [window[0] for window in windows.values()] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
-    assert windows["80"][1:] == measures.wilson(1, 3)
 
 
 def test_the_table_names_every_figure():
@@ -454,3 +392,125 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
     ended = command(evaluate, f"--workdir={smoke_run.path}", f"--output={tmp_path / 'file' / 'below'}", *SMALL)
     assert ended.status == 2, ended
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------- methods and budgets
+
+
+def test_what_a_config_asks_for_is_named():
+    config = one_device("laptop")
+    assert evaluate.budget(config) == "free" and evaluate.kept(config, []) is None
+    config.limits.update(thread_tokens=128, answer_tokens=32, extensions=2)
+    config.prompt.sub_calls = 3
+    assert evaluate.budget(config) == "3 threads asked, answer after 128 tokens, sent on 2 times"
+
+
+def test_budgets_kept_are_counted_by_hand():
+    """Two children were started; 27 ids sampled by the parent; its longest context 60."""
+    rollout = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 0.0)
+    alone = rollout_of(True, [100], [], parallel_runtime.END, 0.0)
+    for field, value, used, within in (
+        ("prompt.sub_calls", 2, 1, 0.5),
+        ("prompt.tokens", 110, 85, 0.5),  # 110 itself, in a bin of 50
+        ("prompt.tokens", 160, 85, 0.0),
+        ("limits.answer_tokens", 1, 63.5, 0.5),
+    ):
+        config = one_device("laptop")
+        config.limits.thread_tokens = 50
+        config.demonstrator.token_bin = 50
+        config.update_from_flattened_dict({field: value})
+        kept = evaluate.kept(config, [rollout, alone])
+        assert (kept["used"], kept["within"]) == (used, within), field
+
+
+def test_a_fingerprint_differs_where_a_parameter_does():
+    params = {"a": np.arange(6.0).reshape(2, 3), "b": np.zeros(2)}
+    assert evaluate.fingerprint(params) == evaluate.fingerprint({"a": params["a"].copy(), "b": params["b"]})
+    assert evaluate.fingerprint(params) != evaluate.fingerprint({"a": params["a"], "b": np.array([0.0, 1e-9])})
+    problems = [Problem((1, 2), 3), Problem((2, 3), 5)]
+    assert evaluate.problem_set(problems) != evaluate.problem_set(problems[::-1])
+
+
+def test_samples_are_different_draws_in_order_of_the_problems(smoke_run, command: Callable, tmp_path):
+    arguments = ("--config.sampler.temperature=1.0", "--config.evaluation.samples=2", "--config.evaluation.problems=3")
+    ended = command(evaluate, f"--workdir={smoke_run.path}", f"--output={tmp_path}", *arguments, *SMALL)
+    assert ended.status == 0, ended.err
+    (entry,) = json.loads((tmp_path / "eval.json").read_text())
+    assert (entry["n"], entry["samples"], len(entry["results"])) == (3, 2, 6)
+    problems = [(tuple(result["numbers"]), result["target"]) for result in entry["results"]]
+    assert problems[::2] == problems[1::2] and len(set(problems)) == 3
+    assert [result["sample"] for result in entry["results"]] == [0, 1] * 3
+    assert "pass@2" in ended.out
+
+
+def test_rollouts_in_flight_change_no_result(scripted):
+    """One problem at a time, five, all."""
+    calls = []
+    for concurrent in (1, 5, 0):
+        rollouts = scripted.solve(None, scripted.test_set(), 1, concurrent)
+        calls.append([(r.problem, [call.sampled for t in r.threads() for call in t.calls]) for r in rollouts])
+    assert calls[0] == calls[1] == calls[2] and len(calls[0]) == 16
+
+
+SWEEP = """
+from ml_collections import ConfigDict
+
+def get_config():
+    small = {{"mesh.data": (1,), "sampler.rows": (4,), "sampler.bucket": (512,), "evaluation.problems": (3,)}}
+    entries = tuple({{"label": "APR", "workdir": {workdir!r}, "grid": {{**small, **grid}}}} for grid in {grids})
+    return ConfigDict({{"name": "sweep", "entries": entries}})
+"""
+
+
+def sweep_file(path: pathlib.Path, workdir: object, *grids: dict) -> str:
+    path.mkdir(exist_ok=True)
+    (path / "plan.py").write_text(SWEEP.format(workdir=str(workdir), grids=list(grids)))
+    return f"--sweep={path / 'plan.py'}"
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: Callable, tmp_path, monkeypatch):
+    plan = sweep_file(tmp_path / "a", smoke_run.path, {"sampler.temperature": (0.0, 1.0)}, {"limits.spawns": (0,)})
+    output = f"--output={tmp_path / 'out'}"
+    measure, measured = evaluate.measure, []
+
+    def counted(*arguments):
+        if len(measured) == 2:
+            raise RuntimeError("killed")
+        measured.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure", counted)
+    with pytest.raises(RuntimeError, match="killed"):
+        command(evaluate, plan, output)
+    assert len(list(tmp_path.glob("out/*/eval.json"))) == 2
+    monkeypatch.setattr(evaluate, "measure", measure)
+    ended = command(evaluate, plan, output)
+    assert ended.status == 0, ended.err
+    summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
+    assert sorted((s["temperature"], s["asked"]["spawns"]) for s in summaries) == [(0, 0), (0, 16), (1, 16)]
+    assert json.loads(ended.out.splitlines()[-1])["points"] == 3
+    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured again"))
+    assert command(evaluate, plan, output).status == 0
+    monkeypatch.setattr(evaluate, "measure", measure)
+    other = sweep_file(tmp_path / "b", smoke_run.path, {"sampler.temperature": (0.0,), "evaluation.seed": (1,)})
+    assert command(evaluate, other, output).status == 0
+    assert len(list(tmp_path.glob("out/*/eval.json"))) == 4  # other problems are another point
+
+
+@pytest.mark.parametrize(
+    ("workdir", "grid", "words"),
+    [
+        (None, {"sampler.tempreature": (0.0,)}, "tempreature"),
+        (None, {"sampler.temperature": ("warm",)}, "temperature"),
+        (None, {"sampler.temperature": (-1.0,)}, "temperature"),
+        (None, {"evaluation.samples": (2,)}, "evaluation.samples=2"),
+        ("nothing", {"sampler.temperature": (0.0,)}, "holds no run"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, tmp_path, monkeypatch, workdir, grid, words):
+    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured"))
+    plan = sweep_file(tmp_path, tmp_path / workdir if workdir else smoke_run.path, {"sampler.top_k": (0,)}, grid)
+    ended = command(evaluate, plan, f"--output={tmp_path / 'out'}")
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and words in ended.err and ended.err.count("\n") == 1, ended.err
+    assert not (tmp_path / "out").exists()

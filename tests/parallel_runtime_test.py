@@ -8,6 +8,7 @@ in a language of characters:
     x<a|b|C>    spawn: children with the prompts "a:", "b:" and, long as any capital, "CCCCCCCCCCCCCCCCCCC:"
     [1,!]       join: what the children wrote, "!" for one that did not end
     .           end
+    =           what a root that is cut must go on with; +, one that gave up; one that wrote "k" has an answer
 
 and `Products` is a second task, the product of two numbers by partial products.
 The random scripts are in `runtime_fuzz_test.py`.
@@ -59,6 +60,12 @@ class Toy:
 
     def join(self, children: Sequence[Thread]) -> list[int]:
         return ids("[" + ",".join(answer(child) for child in children) + "]")
+
+    def answer(self, problem: str, ids_: Sequence[int]) -> tuple[int, list[int]]:
+        return len(ids_), ids("=")
+
+    def extend(self, ids_: Sequence[int]) -> tuple[int, list[int]] | None:
+        return None if "k" in text(ids_) else (len(ids_) - 1, ids("+"))
 
     def grade(self, problem: str, root: Thread) -> Grade:
         return Grade(root.stop == pr.END, "" if root.stop == pr.END else root.stop, (text(root.calls[-1].sampled),))
@@ -305,6 +312,42 @@ def test_spawns_and_children_are_bounded() -> None:
     root = solo(told, limits=dataclasses.replace(LIMITS, children=1))
     assert root.stop == pr.CHILDREN and root.spawns == []
     assert solo({**told, "p:[1,2]": "."}, limits=dataclasses.replace(LIMITS, children=2, spawns=1)).stop == pr.END
+
+
+def test_a_root_that_is_cut_is_made_to_answer_once() -> None:
+    limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4)
+    root = solo({"p:": "abcdefgh", "p:abcde=": "xy."}, limits=limits)
+    assert story(root) == [("p:", "abcde", pr.THREAD_TOKENS), ("=", "xy.", pr.END)]
+    assert text(root.ids()) == "p:abcde=xy."
+    root = solo({"p:": "abcdefgh", "p:abcde=": "stuvwxyz"}, limits=limits)
+    assert story(root) == [("p:", "abcde", pr.THREAD_TOKENS), ("=", "stuv", pr.THREAD_TOKENS)]
+    assert solo({"p:": "abcd."}, limits=limits).stop == pr.END  # nothing is cut
+    assert len(solo({"p:": "a" * 50}, limits=limits, context=7).calls) == 1  # no room for an answer
+
+
+def test_a_child_that_is_cut_is_not_made_to_answer() -> None:
+    limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4, extensions=3)
+    root = solo({"p:": "k<a>", "a:": "bcdefg", "p:k[!]": "."}, limits=limits)
+    assert story(root.spawns[0][0]) == [("a:", "bcdef", pr.THREAD_TOKENS)]
+
+
+def test_a_root_that_gives_up_is_sent_on_so_many_times() -> None:
+    told = {"p:": "ab.", "p:ab+": "c<d>", "d:": "1.", "p:ab+c[1]": "e.", "p:ab+c[1]e+": "f."}
+    root = solo(told, limits=dataclasses.replace(LIMITS, extensions=2))
+    assert story(root) == [
+        ("p:", "ab.", pr.END), ("+", "c<d>", pr.SPAWN), ("[1]", "e.", pr.END), ("+", "f.", pr.END)
+    ]  # fmt: skip
+    assert text(root.ids()) == "p:ab+c[1]e+f."  # the end is taken back
+    assert pr.sequential_tokens(root) == len("ab.c<d>e.f.") + len("1.")
+    assert [call.stop for call in solo(told, limits=dataclasses.replace(LIMITS, extensions=1)).calls][-1:] == [pr.END]
+    assert story(solo({"p:": "ak."}, limits=dataclasses.replace(LIMITS, extensions=2))) == [("p:", "ak.", pr.END)]
+    assert story(solo(told)) == [("p:", "ab.", pr.END)]
+
+
+def test_a_root_sent_on_without_a_token_left_answers_from_what_it_was_sent_on_with() -> None:
+    limits = dataclasses.replace(LIMITS, thread_tokens=3, answer_tokens=2, extensions=1)
+    root = solo({"p:": "ab.", "p:ab+=": "k."}, limits=limits)
+    assert story(root) == [("p:", "ab.", pr.END), ("+", "", pr.THREAD_TOKENS), ("=", "k.", pr.END)]
 
 
 def test_the_context_runs_out_in_a_parent() -> None:

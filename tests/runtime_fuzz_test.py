@@ -25,7 +25,7 @@ ROLLOUTS = 20  # per run
 
 def noise(context: str, fill: Fill) -> str:
     random_ = random.Random(f"{fill.key} {fill.drawn}")
-    return "".join(random_.choices("ab<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.limit))
+    return "".join(random_.choices("kb<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.limit))
 
 
 def grammar(context: str, fill: Fill) -> str:
@@ -50,6 +50,8 @@ def random_limits(random_: random.Random) -> Limits:
         depth=random_.randint(0, 4),
         thread_tokens=random_.choice((1, 5, 20, 60)),
         rollout_tokens=random_.choice((1, 10, 50, 200, 1000)),
+        answer_tokens=random_.choice((0, 0, 1, 7)),
+        extensions=random_.choice((0, 0, 1, 3)),
     )
 
 
@@ -80,13 +82,22 @@ def fuzz(number: int, reasons: collections.Counter[str]) -> None:
 def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None:
     """The thread and its descendants keep every bound, and each ended for the reason it gives."""
     memory: list[int] = []
-    spent, spawns = 0, iter(enumerate(thread.spawns))
+    bound = limits.thread_tokens
+    spent, extended, answering, spawns = 0, 0, False, iter(enumerate(thread.spawns))
     for number, call in enumerate(thread.calls):
         memory = memory[: call.keep] + call.injected + call.sampled
         spent += len(call.sampled)
         assert not call.sampled or len(memory) <= context
         if call is thread.calls[-1]:
             break
+        if call.stop == pr.END:
+            extended += 1
+            assert memory[-1:] == ids(".") and (thread.calls[number + 1].keep, thread.path) == (len(memory) - 1, ())
+            continue
+        if call.stop == pr.THREAD_TOKENS:
+            assert not answering and thread.path == () and sum(len(c.sampled) for c in thread.calls[: number + 1]) == bound
+            answering, bound = True, bound + limits.answer_tokens
+            continue
         assert call.stop == pr.SPAWN
         spawned, children = next(spawns)
         spawn = Toy().spawn(memory)
@@ -99,14 +110,14 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
         assert 1 <= len(children) <= limits.children
     assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
     own = sum(len(call.sampled) for call in thread.calls)
-    assert spent == pr.total_tokens(thread) <= allowance and own <= limits.thread_tokens
+    assert spent == pr.total_tokens(thread) <= allowance and own <= bound and extended <= limits.extensions
     assert own <= pr.sequential_tokens(thread) <= spent
     last = thread.calls[-1].sampled[-1:]
     asked = last == ids(">")
     assert {
-        pr.END: last == ids("."),
+        pr.END: last == ids(".") and (thread.path or extended == limits.extensions or "k" in text(memory)),
         pr.CONTEXT: len(memory) >= context,
-        pr.THREAD_TOKENS: own == limits.thread_tokens,
+        pr.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.answer_tokens),
         pr.ROLLOUT_TOKENS: spent == allowance,
         pr.MALFORMED: asked and thread.detail,
         pr.DEPTH: asked and len(thread.path) // 2 == limits.depth,

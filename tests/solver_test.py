@@ -337,6 +337,74 @@ def test_malformed_spawns_are_refused_with_the_value(text, reason):
     assert len(str(error.value)) < 400
 
 
+def test_a_child_that_inherits_sees_its_parents_context_before_the_spawn():
+    ids = TOKENIZER.encode(PARENT + block("0 at level 1> Moving to Node #0,0"))
+    task = Countdown(TOKENIZER, "apr", inherit=True)
+    (prompt,) = task.spawn(ids).prompts
+    assert TOKENIZER.decode(prompt) == PARENT + CHILD
+    child = Thread((0, 0), [Call(0, prompt, [*TOKENIZER.encode(f"24,24{GOAL}{CHILD_PATH}"), 1])])
+    assert TOKENIZER.decode(task.join([child])) == (
+        f"<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n{CHILD_PATH}<End Sub Searches>\n"
+    )
+
+
+def test_a_join_of_texts_hands_over_all_that_children_wrote():
+    task = Countdown(TOKENIZER, "apr", join="text")
+    won, lost = child_thread(f"24,24{GOAL}{CHILD_PATH}"), child_thread("14,24 unequal: No Solution\nNo solution found.")
+    assert TOKENIZER.decode(task.join([won, lost])) == (
+        f"<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n24,24{GOAL}{CHILD_PATH}"
+        "<No Solution in Sub Search 1 at level 1 at Node #0,0>\n14,24 unequal: No Solution\nNo solution found.\n"
+        "<End Sub Searches>\n"
+    )
+    assert TOKENIZER.decode(Countdown(TOKENIZER, "apr").join([lost])) == (
+        "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,0>\n<End Sub Searches>\n"
+    )
+    with pytest.raises(ValueError, match="join must be one of path, text, not 'all'"):
+        Countdown(TOKENIZER, "apr", join="all")
+
+
+@pytest.mark.parametrize(("join", "inherit"), [("path", True), ("text", False), ("text", True)])
+def test_variants_are_recorded_as_the_runtime_would_run_them(join, inherit):
+    """Prompts and joins of a recorded demonstration are those its own ids lead to, and the verdict is the same."""
+    task = Countdown(TOKENIZER, "apr", join, inherit)
+    spawns = 0
+    for drawn, trace, plain in demonstrations("apr"):
+        root = solver.record(drawn, trace, task).root
+        assert task.grade(drawn, root) == plain.grade
+        ids = []
+        for number, call in enumerate(root.calls):
+            ids = ids[: call.keep] + call.injected + call.sampled
+            if call.stop == SPAWN:
+                spawn, children = task.spawn(ids), root.spawns[number]
+                assert spawn.prompts == [child.calls[0].injected for child in children]
+                after = root.calls[number + 1]
+                assert (spawn.start, task.join(children)) == (after.keep, after.injected)
+                spawns += 1
+    assert spawns > 20
+
+
+def test_a_cut_root_is_made_to_claim_the_goal_after_its_last_whole_line():
+    task = Countdown(TOKENIZER, "sosp")
+    drawn = Problem((6, 2, 2), 24)
+    cut = TOKENIZER.encode(PARENT + "Exploring Operation: 6/2")
+    keep, claim = task.answer(drawn, cut)
+    assert (TOKENIZER.decode(cut[:keep]), TOKENIZER.decode(claim)) == (PARENT, f"24,24{GOAL}")
+    claimed = TOKENIZER.encode(f"{PARENT}24,24{GOAL}Moving to Node #0\nCurrent State: ")
+    keep, claim = task.answer(drawn, claimed)
+    assert TOKENIZER.decode(claimed[:keep]) + TOKENIZER.decode(claim) == f"{PARENT}24,24{GOAL}"
+
+
+def test_a_root_that_gave_up_is_sent_to_the_first_node_it_never_moved_to():
+    task = Countdown(TOKENIZER, "sosp")
+    for given_up in ("", "No solution found.\n"):
+        ids = TOKENIZER.encode(f"{PARENT}{CHILD}{given_up}")
+        keep, more = task.extend([*ids, 1])
+        assert TOKENIZER.decode(ids[:keep] + more) == f"{PARENT}{CHILD}Moving to Node #0,1\n"
+    joined = "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,1>\n<End Sub Searches>\n"
+    for text in (f"{PARENT}{joined}{CHILD}", f"{PARENT}24,24{GOAL}", f"{PARENT}Moving to Node #0,1"):
+        assert task.extend([*TOKENIZER.encode(text), 1]) is None  # nothing left, an answer, no whole line
+
+
 def child_thread(written, stop=END):
     return Thread((0, 0), [Call(0, TOKENIZER.encode(CHILD), [*TOKENIZER.encode(written), 1], stop=stop)])
 
