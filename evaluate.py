@@ -139,7 +139,7 @@ def summary_of(
         "budget": budget(config),
         "asked": {**config.prompt, **config.limits},
         "threads": dict(config.threads),
-        "temperature": config.sampler.temperature,
+        "temperature": config.sampler.temperature * config.model.temperature,
         "context": config.model.context,
         "concurrent": config.evaluation.concurrent,
         **measures.summarize(rollouts, samples, seconds),
@@ -312,11 +312,17 @@ class Point:
 
 
 def points(entries: Sequence[dict[str, typing.Any]]) -> list[Point]:
-    """Every point of a sweep, checked before any is measured. Raises UsageError naming the entry that is wrong."""
+    """Every point of a sweep, checked before any is measured; entries whose run is not there are left out aloud.
+
+    Raises UsageError naming the entry that is wrong, or if there is no run at all.
+    """
     found = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != {"label", "workdir", "grid"}:
             raise UsageError(f"entry {number} of the sweep must be a dict of label, workdir and grid, not {entry!r}")
+        if not (pathlib.Path(entry["workdir"]) / "best").is_dir():
+            print(f"left out: {entry['label']}: {entry['workdir']} holds no trained run", file=sys.stderr)
+            continue
         stored = read_config(entry["workdir"])
         for values in itertools.product(*entry["grid"].values()):
             config = ConfigDict(stored)
@@ -325,6 +331,8 @@ def points(entries: Sequence[dict[str, typing.Any]]) -> list[Point]:
                 found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), Experiment(config)))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
+    if not found:
+        raise UsageError("the sweep has no entry whose run is there: train one, or name its workdir")
     return found
 
 

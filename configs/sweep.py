@@ -5,8 +5,11 @@
     python figures.py --results=runs/sweep
 
 An entry is a label for tables, the workdir of a run, and a grid: field of its config -> values. Every combination is a
-point. A sweep of one's own is a file like this one, whose `get_config` returns a name and entries.
+point. Entries whose run has not been trained are left out. A sweep of one's own is a file like this one, whose
+`get_config` returns a name and entries.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -31,8 +34,9 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     runs |= {"APR asked": "apr-asked", "APR asked RL": "grpo-apr-asked", "SoS+ asked": "sosp-asked"}
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
-        (trained, {"sampler.temperature": TEMPERATURES}),
-        (trained[1:], {"sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
+        # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
+        (trained, {"model.temperature": (1.0,), "sampler.temperature": TEMPERATURES}),
+        (trained[1:], {"model.temperature": (1.0,), "sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
         (trained, {"evaluation.concurrent": (1,)}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": threads}),
         (("SoS+ asked",), {"prompt.tokens": tokens}),
@@ -41,9 +45,14 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (("APR",), {"threads.join": ("text",)}),
         (("APR",), {"threads.inherit": (True,)}),
     ]
+
+    def workdir(label: str) -> str:
+        """One's own run if it is there, else the shipped one."""
+        name = f"{runs[label]}{suffix}"
+        shipped = Path(f"pretrained/{name}").is_dir() and not Path(f"runs/{name}").is_dir()
+        return f"{'pretrained' if shipped else 'runs'}/{name}"
+
     entries = tuple(
-        {"label": label, "workdir": f"runs/{runs[label]}{suffix}", "grid": grid}
-        for labels, grid in grids
-        for label in labels
+        {"label": label, "workdir": workdir(label), "grid": grid} for labels, grid in grids for label in labels
     )
     return ConfigDict({"name": f"sweep{suffix}", "entries": entries}).lock()

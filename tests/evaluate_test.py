@@ -498,19 +498,26 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
 
 
 @pytest.mark.parametrize(
-    ("workdir", "grid", "words"),
+    ("grid", "words"),
     [
-        (None, {"sampler.tempreature": (0.0,)}, "tempreature"),
-        (None, {"sampler.temperature": ("warm",)}, "temperature"),
-        (None, {"sampler.temperature": (-1.0,)}, "temperature"),
-        (None, {"evaluation.samples": (2,)}, "evaluation.samples=2"),
-        ("nothing", {"sampler.temperature": (0.0,)}, "holds no run"),
+        ({"sampler.tempreature": (0.0,)}, "tempreature"),
+        ({"sampler.temperature": ("warm",)}, "temperature"),
+        ({"sampler.temperature": (-1.0,)}, "temperature"),
+        ({"evaluation.samples": (2,)}, "evaluation.samples=2"),
     ],
 )
-def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, tmp_path, monkeypatch, workdir, grid, words):
+def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, tmp_path, monkeypatch, grid, words):
     monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured"))
-    plan = sweep_file(tmp_path, tmp_path / workdir if workdir else smoke_run.path, {"sampler.top_k": (0,)}, grid)
+    plan = sweep_file(tmp_path, smoke_run.path, {"sampler.top_k": (0,)}, grid)
     ended = command(evaluate, plan, f"--output={tmp_path / 'out'}")
     assert ended.status == 2, ended
     assert ended.err.startswith("error: ") and words in ended.err and ended.err.count("\n") == 1, ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_leaves_out_runs_that_are_not_there_and_says_so(command: Callable, tmp_path):
+    ended = command(evaluate, sweep_file(tmp_path, tmp_path / "nothing", {"sampler.top_k": (0,)}))
+    assert ended.status == 2
+    left_out, error = ended.err.splitlines()
+    assert left_out.startswith("left out: APR: ") and "nothing holds no trained run" in left_out
+    assert error.startswith("error: ") and "train one" in error
