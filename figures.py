@@ -22,23 +22,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
-import sys
 import typing
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-import measures
-from measures import Estimate
+import charts
+import tables
+from charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style, rank
 from viewer import page, page_data, read_trace
 from workdir import UsageError, launch, usage_errors
 
@@ -54,19 +53,22 @@ LOOKS = {
     "APR asked RL": ("#CC79A7", "X"),
 }
 SPARE_MARKERS = "<>pd*8"  # of labels that are not ours
-# Name of a run's folder, without its preset -> label, as in configs/sweep.py.
-RUN_LABELS = {"sos": "SoS", "sosp": "SoS+", "apr": "APR", "grpo-sosp": "SoS+ RL", "grpo-apr": "APR RL"}
-RUN_LABELS |= {"sosp-asked": "SoS+ asked", "apr-asked": "APR asked", "grpo-apr-asked": "APR asked RL"}
-THREADS = {"join": "path", "inherit": False}  # what is no ablation
-NEIGHBOURS = 5  # on either side in a running mean over steps
 GREY = "#808080"
-RC: dict[str, typing.Any] = {
+KINDS: dict[str, Style] = {
+    ARROW: {},
+    CURVE: {"drawstyle": "steps-post", "markevery": [-1]},
+    TRACE: {"marker": ""},
+    PAPER: {"color": GREY, "markeredgecolor": GREY, "markeredgewidth": 1.2, "markerfacecolor": "none", "zorder": 4}
+    | {"linestyle": "--", "linewidth": 0.8},
+}
+RC: typing.Any = {  # matplotlib's settings
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "lines.markeredgewidth": 0.5,
     "grid.color": "#e8e8e8",
     "legend.frameon": False,
     "svg.hashsalt": "figures",  # with METADATA: the same input gives the same bytes
@@ -74,352 +76,154 @@ RC: dict[str, typing.Any] = {
 METADATA: dict[str, dict[str, typing.Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
 DPI = 160
 
-# The paper (arXiv 2504.15466): accuracy at its temperatures, what RL changed, points of its figures 4a and 6b.
-PAPER_FAMILY = {"count": 4, "low": 1, "high": 99, "target_low": 10, "target_high": 100}
-PAPER_TEMPERATURES = (0.0, 0.1, 0.5, 1.0)
-PAPER_ACCURACY = {
-    ("SoS", "free"): (0.495, 0.496, 0.471, 0.379),
-    ("SoS+", "free"): (0.573, 0.571, 0.520, 0.481),
-    ("SoS+ RL", "free"): (0.600, 0.593, 0.591, 0.581),
-    ("APR", "free"): (0.755, 0.759, 0.749, 0.678),
-    ("APR RL", "free"): (0.834, 0.829, 0.813, 0.764),
-    ("APR asked", "10 threads asked"): (0.832, 0.833, 0.838, 0.801),
-    ("APR asked RL", "10 threads asked"): (0.833, 0.833, 0.838, 0.819),
-}
-PAPER_TOKENS = {"SoS+": (2201, 2660), "APR": (10964, 16720)}  # before and after RL
-PAPER_APR = "tokens per thread 1,471 → 1,796, child threads 6.1 → 8.2"
-PAPER_COMPUTE = {"APR asked": (20000, 0.801), "SoS+": (20000, 0.666)}  # ten threads; majority of seven samples
-PAPER_LATENCY = {"APR": (5000, 0.752), "SoS+": (5000, 0.573)}
 
-Entry = dict[str, typing.Any]  # of eval.json
-Point = tuple[float, float, float, float]  # x, value, and the ends of its interval
+# ---------------------------------------------------------------- drawing
+
+EDGE = "#333333"  # of markers: on white, yellow alone is pale
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}%")
 
 
-class Line(typing.NamedTuple):
-    """Points of one label; `kind` tells its lines apart, and is the text of the legend unless empty."""
-
-    label: str
-    kind: str
-    points: list[Point]
-
-
-class Log(typing.NamedTuple):
-    """The metrics.jsonl of a run."""
-
-    label: str
-    lines: list[dict[str, float]]
-
-    def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) wherever `name` was logged."""
-        return [(line["step"], line[name]) for line in self.lines if name in line]
+def look(label: str) -> tuple[str, str]:
+    """Colour and marker of a label: of one that is not ours by its name alone, so that figures agree."""
+    number = zlib.crc32(label.encode())
+    spare = ([*LOOKS.values()][number % len(LOOKS)][0], SPARE_MARKERS[number // len(LOOKS) % len(SPARE_MARKERS)])
+    return LOOKS.get(label, spare)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """A figure as data."""
-
-    title: str
-    x: str
-    panels: dict[str, list[Line]]  # title -> lines, side by side
-    kinds: dict[str, dict[str, typing.Any]] = dataclasses.field(default_factory=dict)  # how a kind of line looks
-    y: str = "accuracy"  # shared by the panels, a share; "": each panel has its own, which its title says
-    log: bool = False  # x
+def shade(label: str, share: float) -> str:
+    """The colour of a label from light (0) to dark (1)."""
+    base = np.asarray(to_rgb(look(label)[0]))
+    light, dark = 1 - 0.45 * (1 - base), 0.35 * base
+    return to_hex(tuple(light + share * (dark - light)))
 
 
-# ---------------------------------------------------------------- reading
-
-NUMBER = (int, float)
-SCHEMA: dict[str, typing.Any] = {  # what is read of an entry (`evaluate.summary_of`)
-    **dict.fromkeys(("label", "budget", "parameters", "problem_set"), str),
-    **dict.fromkeys(("concurrent", "n", "samples", "training_seed"), int),
-    **dict.fromkeys(("asked.sub_calls", "asked.tokens", "asked.answer_tokens", "asked.extensions"), int),
-    **dict.fromkeys(("temperature", "accuracy", "total_tokens", "children", "throughput_ms"), NUMBER),
-    **dict.fromkeys(("interval", "results"), list),
-    **dict.fromkeys(("pass", "cons", "windows", "failures", "family", "threads"), dict),
-    "kept": (dict, type(None)),
-}
-RESULT_SCHEMA = {
-    "correct": bool,
-    **dict.fromkeys(("total_tokens", "sequential_tokens", "children", "milliseconds"), NUMBER),
-}
+def resolved(style: Style, label: str) -> Style:
+    """A style with the shade of the label's colour as a colour."""
+    plain = {name: value for name, value in style.items() if name != SHADE}
+    return plain | {"color": shade(label, style[SHADE])} if SHADE in style else plain
 
 
-def check(value: typing.Any, schema: dict[str, typing.Any], where: str) -> None:
-    """Raises UsageError naming the first field (a.b: b of the object a) that is missing or of the wrong kind."""
-    for name, kind in schema.items():
-        inner = value
-        for key in name.split("."):
-            if not isinstance(inner, dict) or key not in inner:
-                raise UsageError(f"{where} lacks the field {name}: measure it again with evaluate.py")
-            inner = inner[key]
-        if not isinstance(inner, kind):
-            raise UsageError(f"{where} has {json.dumps(inner)[:60]} in the field {name}: measure it again")
+def draw(axes: Axes, line: Line, special: Style) -> None:
+    """A line with its intervals: bars, or the band of a curve."""
+    x, y, low, high = np.asarray(line.points, float).T
+    color, marker = look(line.label)
+    style: Style = {"color": color, "marker": marker, "markersize": 5, "markeredgecolor": EDGE, "linewidth": 1.4}
+    style |= KINDS.get(line.kind, {}) | resolved(special, line.label)
+    style["marker"] = style["marker"] and marker
+    if line.kind == ARROW:
+        arrow: Style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 4, "shrinkB": 4}
+        axes.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops=arrow, zorder=1)
+    elif line.kind == CURVE:
+        axes.plot(x, y, **style)
+        axes.fill_between(x, low, high, step="post", color=color, alpha=0.12, linewidth=0)
+    else:
+        axes.errorbar(x, y, yerr=np.maximum((y - low, high - y), 0), elinewidth=0.8, **style)
 
 
-def _json(text: str, where: str) -> typing.Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
+def legend(figure: Figure, chart: Chart) -> None:
+    """Right of the panels: labels by colour and marker, then, in grey, kinds of lines."""
+    lines = [line for panel in chart.panels.values() for line in panel]
+    handles: list[Line2D] = []
+    for label in sorted({line.label for line in lines if line.kind != PAPER}, key=rank):
+        color, marker = look(label)
+        handles.append(Line2D([], [], color=color, marker=marker, markersize=5, markeredgecolor=EDGE, label=label))
+    for kind, style in (chart.kinds | {PAPER: KINDS[PAPER] | {"marker": "o"}}).items():
+        if line := next((line for line in lines if line.kind == kind), None):
+            shown: Style = {"color": GREY, "label": kind} | resolved(style, line.label)
+            handles.append(Line2D([], [], **shown))
+    figure.legend(handles=handles, loc="outside right upper")
 
 
-def read_entries(path: pathlib.Path) -> list[Entry]:
-    """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
-    with usage_errors():
-        text = path.read_text(encoding="utf-8")
-    if not text:
-        print(f"note: {path} is empty (its evaluation is under way) and left out", file=sys.stderr)
+def render(chart: Chart) -> Figure:
+    """Draws a chart."""
+    figure = Figure(figsize=(3.4 * len(chart.panels) + 2.2, 3.6), layout="constrained")
+    figure.suptitle(chart.title, x=0.01, ha="left", fontsize=11)
+    row = figure.subplots(1, len(chart.panels), squeeze=False, sharey=bool(chart.y))[0]
+    for axes, (title, lines) in zip(row, chart.panels.items(), strict=True):
+        axes.set(title=title, xlabel=chart.x)
+        for line in lines:
+            draw(axes, line, chart.kinds.get(line.kind, {}))
+        axes.locator_params(axis="x", nbins=7)  # more would let long numbers touch
+        if chart.log == "x":
+            axes.set_xscale("log")
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        elif chart.log and chart.log == title:
+            axes.set_yscale("log")
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_major_formatter(PERCENT if chart.y or "accuracy" in title else "{x:,g}")
+    row[0].set_ylabel(chart.y)
+    legend(figure, chart)
+    return figure
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_tables(entries: Sequence[Entry], output: pathlib.Path) -> str:
+    """Writes tables.md, prints which tables have no rows, returns the file."""
+    family = ", ".join(f"{name} {value}" for name, value in entries[0]["family"].items())
+    text = f"{entries[0]['n']} held-out problems ({family}). Intervals, in parentheses or after ±, are of 95 %.\n"
+    for table in (build(entries) for build in tables.TABLES):
+        if table.rows:
+            text += tables.markdown(table)
+        else:
+            print(f"left out of tables.md: {table.title}")
+    (output / "tables.md").write_text(text, encoding="utf-8")
+    return str(output / "tables.md")
+
+
+def write_chart(name: str, chart: Chart, output: pathlib.Path) -> list[str]:
+    """Writes the figure if there are points for it, prints what is missing if not, returns the files."""
+    chart = dataclasses.replace(chart, panels={title: lines for title, lines in chart.panels.items() if lines})
+    if not chart.panels:
+        print(f"left out {name}: it needs {chart.needs}")
         return []
-    entries = _json(text, str(path))
-    if not isinstance(entries, list):
-        raise UsageError(f"{path} must hold a list of evaluations")
-    for entry in entries:
-        check(entry, SCHEMA, str(path))
-        for number, result in enumerate(entry["results"]):
-            check(result, RESULT_SCHEMA, f"{path}, result {number},")
-        if not len(entry["results"]) == entry["n"] * entry["samples"] > 0:
-            raise UsageError(f"{path} has {len(entry['results'])} results, not n * samples: measure it again")
-    return entries
+    with matplotlib.rc_context(RC):
+        figure = render(chart)
+        for suffix, metadata in METADATA.items():
+            figure.savefig(output / f"{name}.{suffix}", dpi=DPI, metadata=metadata)
+    return [str(output / f"{name}.{suffix}") for suffix in METADATA]
 
 
-def read_results(folders: Sequence[str]) -> list[Entry]:
-    """All entries below the folders, every point once, sorted by label. Raises UsageError if problems differ."""
-    found: dict[str, Entry] = {}
-    first: dict[str, pathlib.Path] = {}  # set of problems -> a file of results on it
-    for folder in folders:
-        paths = sorted(pathlib.Path(folder).rglob("eval.json"))
-        if not paths:
-            raise UsageError(f"{folder} holds no eval.json: run `python evaluate.py --sweep=configs/sweep.py` first")
-        for path in paths:
-            for entry in read_entries(path):
-                first.setdefault(json.dumps([entry["problem_set"], entry["family"]], sort_keys=True), path)
-                same = ("label", "budget", "temperature", "samples", "concurrent", "threads", "parameters")
-                found.setdefault(json.dumps([entry[name] for name in same], sort_keys=True), entry)
-    if len(first) > 1:
-        files = " and ".join(map(str, first.values()))
-        raise UsageError(f"{files} hold results on different problems: choose one of them with --results")
-    if folders and not found:
-        raise UsageError(f"no evaluation below {', '.join(folders)} has ended yet")
-    return sorted(found.values(), key=lambda e: (*rank(e["label"]), e["training_seed"], e["temperature"]))
+# ---------------------------------------------------------------- command line
 
 
-def read_logs(folders: Sequence[str]) -> list[Log]:
-    """The logs of runs. A last line that is cut (the run goes on, or was killed) does not count."""
-    logs = []
-    for folder in folders:
-        path = pathlib.Path(folder) / "metrics.jsonl"
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("trace", None, "Trace file to show (evaluate.py --record, solver.py --json).")
+    flags.DEFINE_list("results", [], "Folders to search for eval.json files: figures and tables of evaluations.")
+    flags.DEFINE_list("runs", [], "Workdirs of runs: figures of their training.")
+    flags.DEFINE_string(
+        "output", None, "The page to write (default: beside the trace file), or the folder (default: runs/figures)."
+    )
+
+
+def main(_: list[str]) -> None:
+    """Draws as the flags say."""
+    args = flags.FLAGS
+    if args.trace is not None and (args.results or args.runs):
+        raise UsageError("--trace makes a page of its own: leave out --results and --runs")
+    if args.trace is not None:
+        output = pathlib.Path(args.output or pathlib.Path(args.trace).with_suffix(".html"))
+        html = page(page_data(*read_trace(args.trace)))
         with usage_errors():
-            texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole_lines = texts[: -1 if texts and not texts[-1].endswith("\n") else None]
-        lines = [_json(text, f"{path}, line {number},") for number, text in enumerate(whole_lines, 1)]
-        for number, line in enumerate(lines, 1):
-            check(line, {"step": NUMBER}, f"{path}, line {number},")
-        name = re.sub("-(smoke|desktop|gpu|paper)$", "", pathlib.Path(folder).resolve().name)
-        label = RUN_LABELS.get(name, folder)
-        logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
-    return logs
+            output.write_text(html, encoding="utf-8")
+        print(f"wrote {output}")
+    elif args.results or args.runs:
+        entries, logs = charts.read_results(args.results), charts.read_logs(args.runs)
+        drawn = {build.__name__: build(entries) for build in charts.RESULT_CHARTS if entries}
+        drawn |= {build.__name__: build(logs) for build in charts.RUN_CHARTS if logs}
+        output = pathlib.Path(args.output or "runs/figures")
+        with usage_errors():
+            output.mkdir(parents=True, exist_ok=True)
+            written = [file for name, chart in drawn.items() for file in write_chart(name, chart, output)]
+            written += [write_tables(entries, output)] if entries else []
+        print("\n".join(f"wrote {path}" for path in written))
+        print(json.dumps({"written": written}))
+    else:
+        raise UsageError("nothing to draw: name --trace=FILE, --results=FOLDERS or --runs=FOLDERS")
 
 
-def rank(label: str) -> tuple[int, str]:
-    """Sorts labels: ours in the order of LOOKS, then others by name."""
-    return ([*LOOKS].index(label) if label in LOOKS else len(LOOKS), label)
-
-
-# ---------------------------------------------------------------- choosing
-
-
-def whole(entries: Iterable[Entry], alone: bool = False) -> list[Entry]:
-    """Entries of one sample a problem and unchanged threads; solved side by side, or one at a time (`alone`)."""
-    return [e for e in entries if (e["samples"], e["threads"], e["concurrent"] == 1) == (1, THREADS, alone)]
-
-
-def free(entries: Iterable[Entry], temperature: float | None = None, alone: bool = False) -> list[Entry]:
-    """Those of `whole` that were asked for nothing, at one temperature or (None) at any."""
-    return [e for e in whole(entries, alone) if e["budget"] == "free" and temperature in (None, e["temperature"])]
-
-
-def asked(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
-    """Those of `whole` with at least so much in a field of "asked", in its order."""
-    return sorted((e for e in whole(entries) if e["asked"][name] >= least), key=lambda e: e["asked"][name])
-
-
-def policy(entry: Entry) -> tuple[str, str, float]:
-    """What was measured, whatever was asked of it."""
-    return entry["label"], entry["parameters"], entry["temperature"]
-
-
-def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seed if any."""
-    pairs = []
-    for after in (e for e in whole(entries) if e["label"].endswith(" RL")):
-        wanted = (after["label"].removesuffix(" RL"), after["temperature"], after["budget"])
-        before = [e for e in whole(entries) if (e["label"], e["temperature"], e["budget"]) == wanted]
-        if before:
-            pairs.append((min(before, key=lambda e: e["training_seed"] != after["training_seed"]), after))
-    return pairs
-
-
-def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry]], list[Entry]]:
-    """Budget forcing: caps and floors of each policy, both with its free entry, in order of tokens; and the free ones."""
-    kinds = []
-    for name in ("answer_tokens", "extensions"):
-        groups: dict[tuple, list[Entry]] = {}
-        for entry in asked(entries, name, 1):
-            groups.setdefault(policy(entry), []).append(entry)
-        for entry in free(entries):
-            groups.get(policy(entry), []).append(entry)
-        kinds.append([sorted(group, key=lambda e: e["total_tokens"]) for group in groups.values()])
-    started = {policy(entry) for kind in kinds for group in kind for entry in group}
-    return kinds[0], kinds[1], [entry for entry in free(entries) if policy(entry) in started]
-
-
-def by_problem(entry: Entry, name: str) -> list[float]:
-    """A field of the results, averaged over the samples of each problem."""
-    values, k = [float(result[name]) for result in entry["results"]], entry["samples"]
-    return [sum(values[i : i + k]) / k for i in range(0, len(values), k)]
-
-
-# ---------------------------------------------------------------- charts of evaluations
-
-
-def point(entry: Entry, x: str = "total_tokens") -> Point:
-    """Accuracy at a field."""
-    low, high = entry["interval"]
-    return entry[x], entry["accuracy"], low, high
-
-
-def through(entries: Iterable[Entry], kind: str = "", x: str = "total_tokens") -> list[Line]:
-    """A line per policy (at any temperature, if that is x), its points in order of x."""
-    lines: dict[tuple, Line] = {}
-    for entry in entries:
-        key = policy(entry)[: 2 if x == "temperature" else 3]
-        lines.setdefault(key, Line(entry["label"], kind, [])).points.append(point(entry, x))
-    return [line._replace(points=sorted(line.points)) for line in lines.values()]
-
-
-def papers(entries: Sequence[Entry], drawn: list[Line], values: dict[str, list[tuple[float, float]]]) -> list[Line]:
-    """The paper's (x, accuracy) of the labels drawn, if the entries are on problems of its family."""
-    labels = {line.label for line in drawn if entries[0]["family"] == PAPER_FAMILY}
-    return [Line(label, PAPER, [(x, y, y, y) for x, y in values[label]]) for label in values if label in labels]
-
-
-def compute(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against total tokens: more samples, budgets asked for, one greedy rollout (paper, figure 4a)."""
-    lines = []
-    for entry in (e for e in entries if e["samples"] > 1 and e["threads"] == THREADS):
-        for name, kind in (("cons", "majority of k"), ("pass", "any of k")):
-            points = [(int(k) * entry["total_tokens"], *values) for k, values in entry[name].items()]
-            lines.append(Line(entry["label"], kind, sorted(points)))
-    for name in ("sub_calls", "tokens"):
-        lines += through(asked(entries, name, 0), "budget asked")
-    if lines:
-        lines += through(free(entries, 0.0), "greedy")
-        lines += papers(entries, lines, PAPER_COMPUTE)
-    looks = {"majority of k": {}, "any of k": {"linestyle": "--"}, "budget asked": {"linestyle": ":"}, "greedy": ALONE}
-    return Chart("What more tokens buy", "total tokens per problem (log scale)", {"": lines}, looks, log=True)
-
-
-def context(entries: Sequence[Entry]) -> Chart:
-    """Accuracy if only rollouts counted that fit a context window (paper, figure 4b)."""
-    panels: dict[str, list[Line]] = {}
-    threads = [e for e in asked(entries, "sub_calls", 0) if e["label"] == "APR asked" and e["temperature"] == 0]
-    for title, chosen in (("as trained", free(entries, 0.0)), ("threads asked", threads)):
-        for e in chosen:
-            kind = e["budget"] if chosen is threads else ""
-            points = [(int(window), *values) for window, values in e["windows"].items()]
-            panels.setdefault(title, []).append(Line(e["label"], kind, sorted(points)))
-    shades = {e["budget"]: {"color": shade("APR asked", i / len(threads))} for i, e in enumerate(threads)}
-    return Chart("What fits a context window", "context window (tokens)", panels, shades)
-
-
-def rl(entries: Sequence[Entry]) -> Chart:
-    """What reinforcement learning does to accuracy and total tokens (paper, figure 5)."""
-    panels: dict[str, list[Line]] = {}
-    for before, after in sorted(rl_pairs(entries), key=lambda pair: pair[0]["temperature"]):
-        if before["temperature"] in (0, 1):
-            lines = panels.setdefault(f"temperature {before['temperature']:g}", [])
-            lines.append(Line(before["label"], ARROW, [point(before), point(after)]))
-            lines += [Line(entry["label"], "", [point(entry)]) for entry in (before, after)]
-    if "temperature 0" in panels:
-        moves = {
-            name: [*zip(tokens, (PAPER_ACCURACY[label, "free"][0] for label in (name, f"{name} RL")), strict=True)]
-            for name, tokens in PAPER_TOKENS.items()
-        }
-        panels["temperature 0"] += papers(entries, panels["temperature 0"], moves)
-    return Chart("Before and after reinforcement learning", "total tokens per problem", panels)
-
-
-def within(entries: Sequence[Entry], cost: str) -> list[Line]:
-    """Accuracy if only rollouts of cost t or less counted: a step wherever a correct one ends, up to the largest t."""
-    lines = []
-    largest = max((result[cost] for entry in entries for result in entry["results"]), default=0)
-    for entry in entries:
-        correct, costs = ([result[name] for result in entry["results"]] for name in ("correct", cost))
-        bounds = sorted({0, largest, *(t for right, t in zip(correct, costs, strict=True) if right)})
-        points = [(t, *measures.reached_within(correct, costs, t, entry["samples"])) for t in bounds]
-        lines.append(Line(entry["label"], CURVE, points))
-    return lines
-
-
-def sequential(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against sequential tokens (paper, figure 6a)."""
-    lines = within(free(entries, 0.0), "sequential_tokens")
-    return Chart("Solved within so many sequential tokens", "sequential tokens", {"": lines})
-
-
-def latency(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against wall clock, one problem at a time (paper, figure 6b)."""
-    lines = within(free(entries, 0.0, alone=True), "milliseconds")
-    lines += papers(entries, lines, PAPER_LATENCY)
-    return Chart("Solved within so much time, one problem at a time", "time from start to end (ms)", {"": lines})
-
-
-def forcing(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against total tokens under budget forcing (s1)."""
-    caps, floors, neither = forced(entries)
-    lines = [line for group in caps for line in through(group, "cut short, made to answer")]
-    lines += [line for group in floors for line in through(group, "sent on")]
-    lines += through(neither, "as trained")
-    looks = {"cut short, made to answer": {}, "sent on": {"linestyle": "--"}, "as trained": ALONE}
-    return Chart("Budget forcing", "total tokens per problem", {"": lines}, looks)
-
-
-def temperature(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against the sampler's temperature (paper, table 1)."""
-    lines = through(free(entries), x="temperature")
-    theirs = {label: [*zip(PAPER_TEMPERATURES, row, strict=True)] for (label, _), row in PAPER_ACCURACY.items()}
-    return Chart("Accuracy by temperature", "sampler temperature", {"": lines + papers(entries, lines, theirs)})
-
-
-# ---------------------------------------------------------------- charts of runs
-
-
-def running_mean(values: Sequence[float], neighbours: int) -> list[float]:
-    """Mean of each value and up to so many on either side."""
-    around = [values[max(0, i - neighbours) : i + neighbours + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in around]
-
-
-def over_steps(logs: Iterable[Log], name: str) -> list[Line]:
-    """A number over the steps of each run, raw and smoothed."""
-    lines = []
-    for log in logs:
-        steps, values = [*zip(*log.series(name), strict=True)] or [(), ()]
-        for kind, shown in (("each step", values), (SMOOTH, running_mean(values, NEIGHBOURS))):
-            lines.append(Line(log.label, kind, [(x, y, y, y) for x, y in zip(steps, shown, strict=True)]))
-    return [line for line in lines if line.points]
-
-
-def heldout(logs: Iterable[Log]) -> list[Line]:
-    """Held-out accuracy of each run, with its interval where one was logged."""
-    lines = []
-    for log in logs:
-        seen = [line for line in log.lines if "heldout_accuracy" in line]
-        values = [(line["heldout_accuracy"], line["step"]) for line in seen]
-        bounds = [(line.get("heldout_low", y), line.get("heldout_high", y)) for line, (y, _) in zip(seen, values, strict=True)]
-        lines.append(Line(log.label, "", [(x, y, *ends) for (y, x), ends in zip(values, bounds, strict=True)]))
-    return [line for line in lines if line.points]
-
-
-def _panels(**panels: list[Line]) -> dict[str, list[Line]]:
-    return {title.replace("_", " "): lines for title, lines in panels.items() if lines}
+if __name__ == "__main__":
+    launch(define_flags, main)

@@ -359,10 +359,10 @@ def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
     combined = ConfigDict(read_config(start))
     combined.name = f"{config.name}-{combined.name}"
     with combined.unlocked():
-        for field in ("seed", "grpo", "optimizer", "prompt", "evaluation"):
+        for field in ("seed", "grpo", "prompt", "evaluation", "limits"):
             combined[field] = config[field]
+        combined.optimizer = ConfigDict(dict(config.optimizer, steps=config.grpo.steps * config.grpo.updates))
         combined.train.eval_problems = config.eval_problems
-        combined.limits = config.limits
         combined.model.temperature = config.grpo.temperature
         combined.sampler.rows = config.rows
         combined.init = str(start)

@@ -58,11 +58,10 @@ def get_config(preset: str = "laptop") -> ConfigDict:
                 token_budget=4096.0,
                 eval_every=p["eval_every"],  # also checkpoints
             ),
-            optimizer=dict(
+            optimizer=dict(  # its steps are grpo.steps x grpo.updates
                 learning_rate=p["learning_rate"],
                 end_learning_rate=p["learning_rate"] / 10,
                 warmup_steps=0,
-                steps=p["steps"] * p["updates"],
                 weight_decay=0.0,
                 clip=1.0,
                 beta1=0.9,

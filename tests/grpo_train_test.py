@@ -283,3 +283,9 @@ def test_rollouts_can_be_told_of_a_budget():
     experiment = Experiment(config)
     ids = experiment.task.prompt(experiment.problem("train", 0, 0))
     assert experiment.tokenizer.decode(ids).startswith("Sub Call Budget: 5 ")
+
+
+def test_the_learning_rate_decays_over_the_steps_there_are():
+    config = recipe.get_config("smoke")
+    config.grpo.update(steps=7, updates=3)
+    assert grpo.combine(PRETRAINED, config).optimizer.steps == 21

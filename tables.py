@@ -1,0 +1,175 @@
+"""The numbers of evaluations as tables in GitHub's markdown, the paper's own beside them."""
+
+from __future__ import annotations
+
+import typing
+from collections import Counter
+from collections.abc import Sequence
+
+import measures
+from charts import (
+    PAPER_ACCURACY,
+    PAPER_RL,
+    PAPER_TEMPERATURES,
+    PAPERS_OWN,
+    THREADS,
+    Entry,
+    Row,
+    asked,
+    by_problem,
+    forced,
+    free,
+    point,
+    policy,
+    rank,
+    rl_pairs,
+    whole,
+)
+
+
+class Table(typing.NamedTuple):
+    """A table of tables.md."""
+
+    title: str
+    note: str
+    head: str  # names of the columns, with bars between
+    rows: list[Row]
+
+
+def share(estimate: Sequence[float], form: str = ".3f", to: str = "-") -> str:
+    """A share or a difference of shares, with its interval."""
+    value, low, high = (f"{number:{form}}" for number in estimate)
+    return f"{value} ({low}{to}{high})"
+
+
+def accuracy(entry: Entry) -> str:
+    """Accuracy with its interval."""
+    return share(point(entry)[1:])
+
+
+def cost(entry: Entry, name: str, digits: int = 0) -> str:
+    """Mean of a cost over problems, with half its interval."""
+    value, low, high = measures.mean(by_problem(entry, name))
+    return f"{value:,.{digits}f} ± {(high - low) / 2:,.{digits}f}"
+
+
+def costs(entry: Entry) -> list[str]:
+    """The costs that all tables name."""
+    return [cost(entry, "total_tokens"), cost(entry, "sequential_tokens"), cost(entry, "children", 1)]
+
+
+def kept(entry: Entry, name: str) -> str:
+    """How an entry kept to the budget it was given; empty if it was given none."""
+    return f"{entry['kept'][name]:.3g}" if entry["kept"] else ""
+
+
+def paper_accuracy(entry: Entry) -> str:
+    """What the paper reports for this label, budget and temperature; empty if nothing."""
+    row = PAPER_ACCURACY.get((entry["label"], entry["budget"]))
+    known = row and entry["temperature"] in PAPER_TEMPERATURES
+    return f"{row[PAPER_TEMPERATURES.index(entry['temperature'])]:.3f}" if row and known else ""
+
+
+def accuracy_table(entries: Sequence[Entry]) -> Table:
+    """Accuracy by method and temperature."""
+    rows = [
+        [e["label"], f"{e['temperature']:g}", accuracy(e), e["n"], e["training_seed"], paper_accuracy(e)]
+        for e in free(entries)
+    ]
+    head = "method | temperature | accuracy | problems | training seed | paper"
+    return Table("Table 1. Accuracy by method and temperature", PAPERS_OWN, head, rows)
+
+
+def rl_table(entries: Sequence[Entry]) -> Table:
+    """What reinforcement learning changed."""
+    rows = []
+    for pair in rl_pairs(entries):
+        before, correct = pair[0], [by_problem(e, "correct") for e in pair]
+        cells = [[accuracy(e) for e in pair], [share(measures.paired(*correct), "+.3f", " to ")]]
+        cells += [[*both] for both in zip(*map(costs, pair), strict=True)]
+        cells += [[f"{e['total_tokens'] / (1 + e['children']):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
+        row = [before["label"], f"{before['temperature']:g}", before["budget"]]
+        row += [" → ".join(filter(None, cell)) for cell in cells]
+        if (before["temperature"], before["budget"]) == (0, "free"):
+            row[-1] += PAPER_RL.get(before["label"], "")
+        rows.append(row)
+    note = "The difference is paired, problem by problem; tokens per thread are total tokens / (1 + child threads). "
+    head = "method | temperature | budget | accuracy | difference | total tokens | sequential tokens | child threads"
+    head += " | tokens per thread | paper"
+    return Table("Table 2. Reinforcement learning, before → after", note + PAPERS_OWN, head, rows)
+
+
+def ablation_table(entries: Sequence[Entry]) -> Table:
+    """Greedy entries that were asked for threads or tokens or join in another way, beside the same as trained."""
+    greedy = [e for e in entries if e["temperature"] == 0]
+    other = [{**e, "threads": THREADS, "budget": _threads(e)} for e in greedy if e["threads"] != THREADS]
+    changed = asked(greedy, "sub_calls", 0) + asked(greedy, "tokens", 0) + whole(other)
+    policies = {policy(e) for e in changed}
+    chosen = sorted([e for e in free(greedy) if policy(e) in policies] + changed, key=lambda e: rank(e["label"]))
+    rows = [
+        [e["label"], e["budget"], accuracy(e), *costs(e), kept(e, "within"), kept(e, "used"), paper_accuracy(e)]
+        for e in chosen
+    ]
+    head = "method | asked or changed | accuracy | total tokens | sequential tokens | child threads"
+    head += " | share within the budget | mean use of it | paper"
+    return Table("Table 3. Budgets asked for, and other joins, greedy", PAPERS_OWN, head, rows)
+
+
+def _threads(entry: Entry) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in entry["threads"].items() if THREADS.get(name) != value)
+
+
+def forcing_table(entries: Sequence[Entry]) -> Table:
+    """Every point of budget forcing, and after those of a line what s1 makes of them."""
+    rows: list[Row] = []
+    caps, floors, _ = forced(entries)
+    for group in caps + floors:
+        name = [group[0]["label"], f"{group[0]['temperature']:g}"]
+        for e in group:
+            rows.append([*name, e["budget"], accuracy(e), cost(e, "total_tokens"), kept(e, "within"), "", ""])
+        controls = [e["kept"]["within"] for e in group if e["kept"]]
+        points = [(e["total_tokens"], e["accuracy"]) for e in group]
+        control = f"{sum(controls) / len(controls):.3g}" if controls else ""
+        slope = f"{1000 * measures.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
+        rows.append([*name, f"these {len(group)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"])
+    note = "After s1 (arXiv 2501.19393). Control: share of rollouts within the budget. Scaling: mean slope of accuracy "
+    note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy."
+    head = "method | temperature | budget | accuracy | total tokens | Control | Scaling | Performance"
+    return Table("Table 4. Budget forcing", note, head, rows)
+
+
+def failure_table(entries: Sequence[Entry]) -> Table:
+    """Why greedy rollouts failed, the kind that is most frequent over all methods first."""
+    chosen = free(entries, 0.0)
+    totals = Counter[str]()
+    for e in chosen:
+        totals.update(e["failures"])
+    rows = []
+    for e in chosen:
+        counts = [round(e["failures"].get(kind, 0) * e["n"]) for kind, _ in totals.most_common()]
+        shares = [share((count / e["n"], *measures.wilson(count, e["n"]))) for count in counts]
+        rows.append([e["label"], e["training_seed"], *shares])
+    head = " | ".join(["method", "training seed", *(kind.replace("_", " ") for kind, _ in totals.most_common())])
+    return Table("Table 5. Shares of problems by what the greedy rollout failed by", "", head, rows)
+
+
+def cost_table(entries: Sequence[Entry]) -> Table:
+    """What a problem costs, greedy: one at a time, and all side by side."""
+    waits = {policy(e): cost(e, "milliseconds") for e in free(entries, 0.0, alone=True)}
+    rows = [
+        [e["label"], e["training_seed"], *costs(e), waits.get(policy(e), ""), f"{e['throughput_ms']:.1f}"]
+        for e in free(entries, 0.0)
+    ]
+    note = "Alone: from start to end, one problem at a time. Under load: wall clock of all / problems."
+    head = "method | training seed | total tokens | sequential tokens | child threads | ms alone | ms under load"
+    return Table("Table 6. Cost per problem, greedy", note, head, rows)
+
+
+TABLES = (accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table)
+
+
+def markdown(table: Table) -> str:
+    """A table in GitHub's markdown."""
+    lines = [table.head, " | ".join(["---"] * len(table.head.split(" | ")))]
+    lines += [" | ".join(map(str, row)) for row in table.rows]
+    return f"\n**{table.title}.** {table.note}\n\n" + "".join(f"| {line} |\n" for line in lines)

@@ -1,0 +1,533 @@
+"""Figures and tables: what is read and refused, the points of each figure and the numbers of each table by hand."""
+
+import json
+import pathlib
+import xml.etree.ElementTree
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import charts
+import evaluate
+import figures
+import measures
+import tables
+from charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line, Log
+from configs import apr
+from experiment import Experiment
+from workdir import UsageError
+
+LAPTOP = {"count": 3, "low": 1, "high": 20, "target_low": 10, "target_high": 50}
+ASKED = {"sub_calls": -1, "tokens": -1, "children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
+ASKED |= {"rollout_tokens": 65536, "answer_tokens": 0, "extensions": 0}
+
+
+def result(correct, tokens=100, sequential=50, children=3, milliseconds=10.0):
+    """What eval.json keeps of one rollout."""
+    costs = {"total_tokens": tokens, "sequential_tokens": sequential, "longest_context": sequential, "children": children}
+    problem = {"numbers": [1, 2, 3], "target": 6, "sample": 0, "correct": correct, "reason": "", "answer": [], "failure": ""}
+    return problem | costs | {"width": 3, "depth": 1, "truncated": 0.0, "malformed": 0.0, "milliseconds": milliseconds}
+
+
+def entry(label="APR", correct=(True, True, True, False), results=None, costs=None, asked=None, threads=None, **fields):
+    """An entry of eval.json: of four problems, three solved, if nothing else is said."""
+    results = results or [result(bool(right), **(costs or {})) for right in correct]
+    samples = fields.get("samples", 1)
+    value, low, high = measures.mean([float(r["correct"]) for r in results])
+    means = {name: sum(r[name] for r in results) / len(results) for name in measures.MEANS}
+    return {
+        "label": label,
+        "method": "apr",
+        "budget": "free",
+        "asked": ASKED | (asked or {}),
+        "threads": charts.THREADS | (threads or {}),
+        "temperature": 0.0,
+        "context": 512,
+        "concurrent": 0,
+        "n": len(results) // samples,
+        "samples": samples,
+        "correct": sum(r["correct"] for r in results),
+        "accuracy": value,
+        "interval": [low, high],
+        **means,
+        "throughput_ms": 2.5,
+        "pass": {"1": [value, low, high]},
+        "cons": {"1": [value, low, high]},
+        "kept": None,
+        "failures": {},
+        "windows": {"128": [0.1, 0.0, 0.2], "512": [0.5, 0.4, 0.6]},
+        "demonstrator": 0.66,
+        "family": LAPTOP,
+        "training_seed": 0,
+        "seed": 0,
+        "checkpoint": 4000,
+        "parameters": f"parameters of {label}",
+        "problem_set": "0123abcd",
+        "results": results,
+    } | fields
+
+
+def threads_asked(count, label="APR asked", **fields):
+    kept = {"asked": [count, count], "used": count - 0.5, "within": 0.75}
+    return entry(label, budget=f"{count} threads asked", asked={"sub_calls": count}, kept=kept, **fields)
+
+
+def cut(tokens, label="APR", within=0.9, **fields):
+    asked = {"thread_tokens": tokens, "answer_tokens": 96}
+    kept = {"asked": [0, tokens + 96], "used": tokens, "within": within}
+    return entry(label, budget=f"answer after {tokens} tokens", asked=asked, kept=kept, **fields)
+
+
+def sent_on(times, **fields):
+    return entry(budget=f"sent on {times} times", asked={"extensions": times}, **fields)
+
+
+def at(tokens, value=0.75):
+    """A point that `entry(total_tokens=tokens)` makes, without its interval."""
+    return tokens, value
+
+
+def bare(lines):
+    """Lines without their intervals."""
+    return [(line.label, line.kind, [point[:2] for point in line.points]) for line in lines]
+
+
+def write(folder: pathlib.Path, *entries):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(entries))
+    return str(folder)
+
+
+def write_log(folder: pathlib.Path, *lines, end="\n"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + end)
+    return str(folder)
+
+
+# ---------------------------------------------------------------- reading evaluations
+
+
+def test_entries_are_what_evaluate_writes(tmp_path):
+    """The entries of these tests, and what figures.py asks of one, against a summary of real rollouts."""
+    config = apr.get_config("smoke")
+    config.mesh.data = 1
+    experiment = Experiment(config)
+    rollouts = [experiment.demonstration("train", 0, index) for index in range(4)]
+    summary = evaluate.summary_of(experiment, {"w": np.zeros(2)}, rollouts, 2, 1.0, "APR", 7)
+    (read,) = charts.read_results([write(tmp_path, summary)])
+    ours = entry()
+    assert read.keys() == ours.keys() and read["results"][0].keys() == ours["results"][0].keys()
+    assert read["asked"].keys() == ours["asked"].keys() and read["threads"] == charts.THREADS
+    assert read["family"].keys() == charts.PAPER_FAMILY.keys()
+    charts.compute([read])  # a sample of two
+
+
+def test_folders_are_searched_and_sorted_by_label(tmp_path):
+    write(tmp_path / "a" / "deep", entry("Zeta"), entry("APR RL"), entry("Alpha"))
+    write(tmp_path / "b", entry("APR"), entry("SoS"))
+    found = charts.read_results([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [e["label"] for e in found] == ["SoS", "APR", "APR RL", "Alpha", "Zeta"]
+
+
+def test_a_point_that_is_found_twice_counts_once(tmp_path):
+    write(tmp_path / "a", entry(accuracy=0.5))
+    write(tmp_path / "b", entry(accuracy=0.25))
+    assert [e["accuracy"] for e in charts.read_results([str(tmp_path)])] == [0.5]
+    assert len(charts.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
+    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"parameters": "others"}, {"budget": "more"}, {"label": "SoS"}]
+    write(tmp_path / "c", *(entry(**other) for other in others), entry(threads={"join": "text"}))
+    assert len(charts.read_results([str(tmp_path)])) == 8
+
+
+def test_an_evaluation_under_way_is_left_out_aloud(tmp_path, capsys):
+    write(tmp_path / "a", entry())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "eval.json").touch()
+    assert len(charts.read_results([str(tmp_path)])) == 1
+    assert "b/eval.json is empty" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no evaluation below .*b has ended yet"):
+        charts.read_results([str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("changed", [{"problem_set": "other"}, {"family": LAPTOP | {"high": 21}}])
+def test_results_on_different_problems_are_never_mixed(changed, tmp_path):
+    write(tmp_path / "a", entry())
+    write(tmp_path / "b", entry("SoS", **changed))
+    with pytest.raises(UsageError) as caught:
+        charts.read_results([str(tmp_path)])
+    for words in ("a/eval.json", "b/eval.json", "different problems", "--results"):
+        assert words in str(caught.value)
+    assert len(charts.read_results([str(tmp_path / "b")])) == 1
+
+
+@pytest.mark.parametrize("field", [*charts.SCHEMA, *(f"results.{name}" for name in charts.RESULT_SCHEMA)])
+def test_a_missing_field_is_named_with_its_file(field, tmp_path):
+    stored = entry()
+    *outer, last = field.split(".")
+    inner = stored
+    for key in outer:
+        inner = inner[key][2] if key == "results" else inner[key]
+    del inner[last]
+    with pytest.raises(UsageError) as caught:
+        charts.read_results([write(tmp_path, stored)])
+    assert "eval.json" in str(caught.value) and f"lacks the field {field.removeprefix('results.')}:" in str(caught.value)
+    assert ("result 2" in str(caught.value)) == field.startswith("results.")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "is not JSON"),
+        ("7", "must hold a list"),
+        ("[7]", "lacks the field label"),
+        (json.dumps([entry(accuracy="high")]), 'has "high" in the field accuracy'),
+        (json.dumps([entry(n=5)]), "has 4 results, not n * samples"),
+        (json.dumps([entry() | {"results": [], "n": 0}]), "has 0 results"),
+    ],
+)
+def test_a_file_that_is_no_evaluation_is_refused(content, words, tmp_path):
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        charts.read_results([str(tmp_path)])
+    assert words in str(caught.value) and "eval.json" in str(caught.value)
+
+
+# ---------------------------------------------------------------- reading runs
+
+
+def test_logs_are_labelled_as_in_the_sweep(tmp_path):
+    folders = [tmp_path / name for name in ("grpo-apr", "grpo-sosp-desktop", "mine", "again/grpo-apr")]
+    logs = charts.read_logs([write_log(folder, {"step": 1}) for folder in folders])
+    assert [log.label for log in logs] == ["APR RL", "SoS+ RL", str(folders[2]), str(folders[3])]
+
+
+def test_the_line_that_a_run_is_writing_does_not_count(tmp_path):
+    (log,) = charts.read_logs([write_log(tmp_path, {"step": 1}, {"step": 2}, end="")])
+    assert log.lines == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "metrics.jsonl"), ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2, is not JSON"), ('{"loss": 1}\n', "lacks the field step")],
+)
+def test_a_log_that_is_none_is_refused(content, words, tmp_path):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=words):
+        charts.read_logs([str(tmp_path)])
+
+
+# ---------------------------------------------------------------- points by hand
+
+
+def test_compute_by_hand():
+    """Two samples of 200 tokens each cost 400 tokens together."""
+    pairs = {"pass": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]}, "cons": {"2": [0.55, 0.5, 0.6], "1": [0.5, 0.4, 0.6]}}
+    sampled = entry("SoS+", temperature=1.0, samples=2, total_tokens=200, **pairs)
+    asked = [threads_asked(count, total_tokens=tokens) for count, tokens in ((2, 150), (0, 90), (4, 120))]
+    excluded = [entry(concurrent=1), entry(threads={"join": "text"}), entry(temperature=0.5)]
+    chart = charts.compute([sampled, *asked, entry(total_tokens=300), *excluded])
+    assert bare(chart.panels[""]) == [
+        ("SoS+", "majority of k", [(200, 0.5), (400, 0.55)]),
+        ("SoS+", "any of k", [(200, 0.5), (400, 0.7)]),
+        ("APR asked", "budget asked", [at(90), at(120), at(150)]),
+        ("APR", "greedy", [at(300)]),
+    ]
+    assert chart.panels[""][1].points[1] == (400, 0.7, 0.6, 0.8)
+    assert chart.log == "x" and chart.kinds["any of k"] == {"linestyle": "--"}
+
+
+def test_compute_is_left_out_if_there_is_only_one_way_to_spend():
+    assert charts.compute([entry(), entry(temperature=1.0)]).panels == {"": []}
+
+
+def test_budgets_at_two_temperatures_are_two_lines():
+    entries = [threads_asked(2, temperature=t, total_tokens=100 + t) for t in (0.0, 1.0)]
+    assert [line.points[0][0] for line in charts.compute(entries).panels[""]] == [100, 101]
+
+
+def test_context_windows_by_hand():
+    entries = [entry(), entry("SoS", temperature=1.0), threads_asked(10), threads_asked(2), threads_asked(2, "APR asked RL")]
+    chart = charts.context(entries)
+    points = [(128, 0.1, 0.0, 0.2), (512, 0.5, 0.4, 0.6)]
+    assert chart.panels == {
+        "asked for nothing": [Line("APR", "", points)],
+        "asked for threads": [Line("APR asked", "2 threads asked", points), Line("APR asked", "10 threads asked", points)],
+    }
+    styles = [figures.resolved(chart.kinds[kind], "APR asked") for kind in ("2 threads asked", "10 threads asked")]
+    light, dark = (int(style["color"][1:3], 16) for style in styles)
+    assert light > dark
+
+
+def test_rl_pairs_the_same_temperature_and_budget():
+    entries = [entry(total_tokens=100), entry(temperature=1.0), entry("APR RL", total_tokens=150), entry("SoS+ RL")]
+    entries += [threads_asked(2), threads_asked(3, "APR asked RL")]
+    assert charts.rl_pairs(entries) == [(entries[0], entries[2])]
+    chart = charts.rl(entries)
+    assert bare(chart.panels["temperature 0"]) == [
+        ("APR", ARROW, [at(100), at(150)]),
+        ("APR", "", [at(100)]),
+        ("APR RL", "", [at(150)]),
+    ]
+    assert [*chart.panels] == ["temperature 0"]
+    warm = [entry(label, temperature=1.0) for label in ("APR", "APR RL")]
+    assert charts.rl_pairs([entries[0], *warm]) == [(warm[0], warm[1])]
+    assert [*charts.rl([*entries, warm[1]]).panels] == ["temperature 0", "temperature 1"]
+
+
+def test_rl_pairs_the_same_seed_if_it_can():
+    before = [entry(training_seed=seed, parameters=str(seed)) for seed in (0, 1)]
+    after = [entry("APR RL", training_seed=seed, parameters=f"{seed} RL") for seed in (1, 2)]
+    assert charts.rl_pairs(before + after) == [(before[1], after[0]), (before[0], after[1])]
+
+
+def test_solved_within_by_hand():
+    """Of four problems those of 10 and 30 tokens are solved; another method's slowest takes 90."""
+    costs = [(True, 30), (False, 20), (True, 10), (False, 40)]
+    first = entry(results=[result(right, sequential=tokens, milliseconds=7 * tokens) for right, tokens in costs])
+    second = entry("SoS", results=[result(False, sequential=90, milliseconds=5)])
+    (one, two) = charts.sequential([first, second]).panels[""]
+    assert bare([one, two]) == [("APR", CURVE, [(0, 0.0), (10, 0.25), (30, 0.5), (90, 0.5)]), ("SoS", CURVE, [(0, 0.0), (90, 0.0)])]
+    assert one.points[1][2:] == measures.wilson(1, 4)
+    assert charts.latency([first, second]).panels == {"": []}
+    (line,) = charts.latency([{**first, "concurrent": 1}, second]).panels[""]
+    assert bare([line]) == [("APR", CURVE, [(0, 0.0), (70, 0.25), (210, 0.5), (280, 0.5)])]
+
+
+def test_forcing_goes_through_the_free_point():
+    entries = [cut(192, total_tokens=80), cut(128, total_tokens=60), entry(total_tokens=100), sent_on(1, total_tokens=120)]
+    entries += [entry(temperature=1.0), entry("SoS+"), cut(128, label="SoS", total_tokens=40)]
+    assert bare(charts.forcing(entries).panels[""]) == [
+        ("APR", "answer forced", [at(60), at(80), at(100)]),
+        ("SoS", "answer forced", [at(40)]),
+        ("APR", "sent on", [at(100), at(120)]),
+        ("APR", "as trained", [at(100)]),
+    ]
+
+
+def test_temperature_is_a_line_per_checkpoint():
+    entries = [entry(temperature=t) for t in (1.0, 0.0)] + [entry(temperature=0.5, parameters="another seed"), threads_asked(2)]
+    assert bare(charts.temperature(entries).panels[""]) == [("APR", "", [(0.0, 0.75), (1.0, 0.75)]), ("APR", "", [(0.5, 0.75)])]
+
+
+def test_the_papers_values_are_drawn_only_on_its_own_problems():
+    for family, drawn in ((LAPTOP, []), (charts.PAPER_FAMILY, [("APR", [(0.0, 0.755), (0.1, 0.759), (0.5, 0.749), (1.0, 0.678)])])):
+        entries = [entry(family=family)]
+        assert [(label, points) for label, kind, points in bare(charts.temperature(entries).panels[""]) if kind == PAPER] == drawn
+    pair = [entry(family=charts.PAPER_FAMILY), entry("APR RL", family=charts.PAPER_FAMILY)]
+    assert bare(charts.rl(pair).panels["temperature 0"])[-1] == ("APR", PAPER, [(10964, 0.755), (16720, 0.834)])
+
+
+def test_the_papers_numbers_are_those_of_its_table():
+    assert tables.paper_accuracy(entry("SoS+ RL", temperature=0.5)) == "0.591"
+    assert tables.paper_accuracy(threads_asked(10, temperature=1.0)) == "0.801"
+    assert tables.paper_accuracy(threads_asked(4)) == tables.paper_accuracy(entry(temperature=0.3)) == ""
+
+
+# ---------------------------------------------------------------- points of runs
+
+
+def test_running_mean_by_hand():
+    assert charts.running_mean([0, 3, 6, 3, 0], 1) == [1.5, 3, 4, 3, 1.5]
+    assert charts.running_mean([1, 2], 5) == [1.5, 1.5] and charts.running_mean([], 5) == []
+
+
+def grpo_log(label="APR RL"):
+    heldout = [{"step": step, "heldout_accuracy": 0.5, "heldout_low": 0.4, "heldout_high": 0.7} for step in (0, 2)]
+    costs = {"total_tokens": 400.0, "tokens_per_thread": 80.0}
+    steps = [{"step": step, "sampled_accuracy": step / 4, "children": 3.0 + step, **costs} for step in (1, 2)]
+    return Log(label, [heldout[0], *steps, heldout[1]])
+
+
+def sft_log(label="APR"):
+    return Log(label, [{"step": 40, "loss": 2.0, "accuracy": 0.9}, {"step": 40, "heldout_accuracy": 0.25}])
+
+
+def test_training_curves_by_hand():
+    logs = [grpo_log(), sft_log()]
+    panels = charts.training(logs).panels
+    assert bare(panels["sampled problems"]) == [
+        ("APR RL", RAW, [(1, 0.25), (2, 0.5)]),
+        ("APR RL", SMOOTH, [(1, 0.375), (2, 0.375)]),
+    ]
+    assert panels["held-out problems, greedy"] == [Line("APR RL", "", [(0, 0.5, 0.4, 0.7), (2, 0.5, 0.4, 0.7)])]
+    counts = charts.threads(logs).panels
+    assert [bare(lines)[0][2] for lines in counts.values()] == [[(1, 4), (2, 5)], [(1, 400), (2, 400)], [(1, 80), (2, 80)]]
+    assert charts.supervised(logs).panels == {
+        "loss (log scale)": [Line("APR", TRACE, [(40, 2.0, 2.0, 2.0)])],
+        "held-out accuracy, greedy": [Line("APR", "", [(40, 0.25, 0.25, 0.25)])],
+    }
+    assert not any(charts.supervised([grpo_log()]).panels.values())
+
+
+# ---------------------------------------------------------------- looks
+
+
+def test_a_label_looks_the_same_everywhere_and_unlike_others():
+    assert len({*figures.LOOKS.values()}) == len({color for color, _ in figures.LOOKS.values()}) == len(figures.LOOKS)
+    spare = {figures.look(f"method {number}") for number in range(100)}
+    assert len(spare) > 30 and not spare & {*figures.LOOKS.values()}
+    assert figures.look("mine") == figures.look("mine") and figures.look("APR") == figures.LOOKS["APR"]
+
+
+def test_curves_carry_the_colour_of_their_label():
+    chart = charts.Chart("", "", "", {"": [Line("APR", "", [(1, 0.5, 0.4, 0.6)]), Line("SoS", CURVE, [(0, 0, 0, 0), (1, 1, 1, 1)])]})
+    axes = figures.render(chart).axes[0]
+    assert {line.get_color() for line in axes.lines} == {figures.LOOKS["APR"][0], figures.LOOKS["SoS"][0]}
+    (legend,) = figures.render(chart).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["SoS", "APR"]
+
+
+# ---------------------------------------------------------------- tables by hand
+
+
+def rows_of(table):
+    """Rows as {column: cell}."""
+    return [dict(zip(table.head.split(" | "), row, strict=True)) for row in table.rows]
+
+
+def test_accuracy_table_by_hand():
+    (row,) = rows_of(tables.accuracy_table([entry(), entry(concurrent=1), threads_asked(3)]))
+    low, high = measures.wilson(3, 4)
+    assert row == {
+        "method": "APR",
+        "temperature": "0",
+        "accuracy": f"0.750 ({low:.3f}-{high:.3f})",
+        "problems": 4,
+        "training seed": 0,
+        "paper": "0.755",
+    }
+
+
+def test_rl_table_by_hand():
+    """Two of four right, then all: differences 0, 1, 0, 1, whose mean is 0.5 +- 1.96 * sqrt(1/3 / 4)."""
+    before = entry(correct=(True, False, True, False), costs={"tokens": 100, "sequential": 60, "children": 3})
+    after = entry("APR RL", correct=(True,) * 4, costs={"tokens": 160, "sequential": 70, "children": 4})
+    (row,) = rows_of(tables.rl_table([before, after]))
+    assert row["method"] == "APR" and row["accuracy"].startswith("0.500 (") and " → 1.000 (" in row["accuracy"]
+    assert row["difference"] == "+0.500 (-0.066 to +1.066)"
+    assert row["total tokens"] == "100 ± 0 → 160 ± 0" and row["sequential tokens"] == "60 ± 0 → 70 ± 0"
+    assert row["child threads"] == "3.0 ± 0.0 → 4.0 ± 0.0"
+    assert row["tokens per thread"] == "25 → 32"  # 100 / 4, 160 / 5
+    assert row["paper"].startswith("0.755 → 0.834; total tokens 10,964 → 16,720;")
+
+
+def test_the_difference_is_between_problems_not_samples():
+    samples = [result(right) for right in (True, False, True, True)]  # of two problems: 0.5 and 1
+    assert charts.by_problem(entry(results=samples, samples=2), "correct") == [0.5, 1.0]
+
+
+def test_ablation_table_by_hand():
+    entries = [entry(), entry("SoS+"), entry(threads={"join": "text"}), entry(threads={"inherit": True}), threads_asked(3)]
+    rows = rows_of(tables.ablation_table(entries))
+    assert [(row["method"], row["asked or changed"]) for row in rows] == [
+        ("APR", "free"),
+        ("APR", "join: text"),
+        ("APR", "inherit: True"),
+        ("APR asked", "3 threads asked"),
+    ]
+    assert rows[0]["share within the budget"] == "" and rows[3]["share within the budget"] == "0.75"
+    assert rows[3]["mean use of it"] == "2.5" and rows[0]["total tokens"] == "100 ± 0"
+
+
+def test_forcing_table_by_hand():
+    """From 100 tokens at 0.25 to 200 at 0.75: 0.5 per 100 tokens; a third point at 300 and 0.75 makes slopes 5, 2.5, 0."""
+    entries = [cut(64, correct=(1, 0, 0, 0), total_tokens=100, within=0.5), cut(128, total_tokens=200, within=1.0)]
+    rows = rows_of(tables.forcing_table([*entries, entry(total_tokens=300)]))
+    assert [row["Control"] for row in rows] == ["0.5", "1", "", "0.75"]
+    assert rows[-1]["Scaling"] == "+2.500" and rows[-1]["Performance"] == "0.750" and rows[-1]["budget"] == "these 3"
+    assert rows_of(tables.forcing_table([cut(64)]))[-1]["Scaling"] == ""  # no slope of one point
+    assert tables.forcing_table([entry()]).rows == []
+
+
+def test_failure_and_cost_tables_by_hand():
+    first = entry(correct=(True, False, False, False), failures={"duplicate": 0.25, "wrong_state": 0.5})
+    rows = rows_of(tables.failure_table([first, entry("SoS", failures={"duplicate": 0.5})]))
+    low, high = measures.wilson(1, 4)
+    assert [*rows[0]] == ["method", "training seed", "duplicate", "wrong state"]
+    assert rows[0]["duplicate"] == f"0.250 ({low:.3f}-{high:.3f})" and rows[1]["wrong state"].startswith("0.000 (")
+    alone = entry(concurrent=1, results=[result(True, milliseconds=t) for t in (20.0, 40.0)])
+    (row,) = rows_of(tables.cost_table([entry(), alone]))
+    assert row["ms alone"] == "30 ± 20"  # 1.96 * sqrt(200 / 2)
+    assert row["ms under load"] == "2.5" and row["sequential tokens"] == "50 ± 0"
+    assert rows_of(tables.cost_table([entry()]))[0]["ms alone"] == ""
+
+
+# ---------------------------------------------------------------- the command
+
+
+def everything(folder: pathlib.Path) -> list[str]:
+    """Flags for evaluations and runs that make every figure and table."""
+    entries = [entry(label, **more) for label in ("APR", "APR RL") for more in ({}, {"temperature": 1.0}, {"concurrent": 1})]
+    entries += [entry(threads={"inherit": True}), threads_asked(2), threads_asked(4), cut(64), sent_on(1)]
+    entries += [entry("SoS+", temperature=1.0, samples=2, correct=(True, False) * 4), entry("mine", correct=(False,) * 4, failures={"duplicate": 1.0})]
+    write(folder / "sweep" / "all", *entries)
+    runs = [write_log(folder / name, *log.lines) for name, log in (("grpo-apr", grpo_log()), ("apr", sft_log()))]
+    return [f"--results={folder / 'sweep'}", f"--runs={','.join(runs)}"]
+
+
+def test_the_command_writes_every_figure_and_the_tables(command: Callable, tmp_path):
+    output = tmp_path / "out"
+    ended = command(figures, *everything(tmp_path), f"--output={output}")
+    assert ended.status == 0, ended.err
+    names = [build.__name__ for build in charts.RESULT_CHARTS + charts.RUN_CHARTS]
+    assert names[:3] == ["compute", "context", "rl"] and len(names) == 10
+    files = [str(output / f"{name}.{suffix}") for name in names for suffix in ("png", "svg")] + [str(output / "tables.md")]
+    lines = ended.out.splitlines()
+    assert json.loads(lines[-1]) == {"written": files} and lines[:-1] == [f"wrote {file}" for file in files]
+    assert {str(path) for path in output.iterdir()} == {*files}
+    for name in names:
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert xml.etree.ElementTree.parse(output / f"{name}.svg").getroot().tag.endswith("}svg")
+    text = (output / "tables.md").read_text()
+    assert [f"**Table {number}." in text for number in range(1, 7)] == [True] * 6
+    assert "4 held-out problems (count 3, low 1, high 20" in text and "on their own task" in text
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_what_has_no_points_is_left_out_aloud(command: Callable, tmp_path):
+    results, again = write(tmp_path / "a", entry()), tmp_path / "again"
+    for output in (tmp_path / "out", again):
+        ended = command(figures, f"--results={results}", f"--output={output}")
+        assert ended.status == 0, ended.err
+    written = json.loads(ended.out.splitlines()[-1])["written"]
+    assert [pathlib.Path(path).stem for path in written[::2]] == ["context", "sequential", "temperature", "tables"]
+    for words in ("left out compute: it needs several samples", "left out rl:", "left out latency:", "left out of tables.md: Table 2"):
+        assert words in ended.out
+    assert "training" not in ended.out  # no runs were named
+    for path in again.iterdir():  # the same input, the same bytes
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_runs_alone_are_drawn_without_tables(command: Callable, tmp_path):
+    run = write_log(tmp_path / "apr", *sft_log().lines)
+    ended = command(figures, f"--runs={run}", f"--output={tmp_path / 'out'}")
+    assert ended.status == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["supervised.png", "supervised.svg"]
+    assert "left out training: it needs runs of grpo.py" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--trace=FILE, --results=FOLDERS or --runs=FOLDERS"),
+        (["--trace=x.json", "--runs=x"], "leave out --results and --runs"),
+        (["--results={place}/nowhere"], "nowhere holds no eval.json"),
+        (["--runs={place}/nowhere"], "nowhere"),
+        (["--results={place}/good,{place}/other"], "different problems"),
+        (["--results={place}/good", "--runs={place}/good"], "metrics.jsonl"),
+        (["--results={place}/good", "--output={place}/good/eval.json"], "eval.json"),
+    ],
+)
+def test_a_bad_command_is_one_sentence_and_writes_nothing(command: Callable, tmp_path, arguments, words):
+    write(tmp_path / "good", entry())
+    write(tmp_path / "other", entry(problem_set="other"))
+    arguments = [argument.format(place=tmp_path) for argument in arguments]
+    if not any(argument.startswith("--output") for argument in arguments):
+        arguments.append(f"--output={tmp_path / 'out'}")
+    ended = command(figures, *arguments)
+    assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert words in ended.err and not (tmp_path / "out").exists()
