@@ -234,7 +234,7 @@ def test_compute_by_hand():
         ("APR asked", "budget asked", [at(90), at(120), at(150)]),
         ("APR", "greedy", [at(300)]),
     ]
-    assert chart.panels[""][1].points[1] == (400, 0.7, 0.6, 0.8)
+    assert chart.panels[""][1].points[1] == pytest.approx((400, 0.7, 0.6, 0.8))
     assert chart.log == "x" and chart.kinds["any of k"] == {"linestyle": "--"}
 
 

@@ -398,7 +398,9 @@ def test_a_root_that_gave_up_is_sent_to_the_first_node_it_never_moved_to():
     task = Countdown(TOKENIZER, "sosp")
     for given_up in ("", "No solution found.\n"):
         ids = TOKENIZER.encode(f"{PARENT}{CHILD}{given_up}")
-        keep, more = task.extend([*ids, 1])
+        forced = task.extend([*ids, 1])
+        assert forced is not None
+        keep, more = forced
         assert TOKENIZER.decode(ids[:keep] + more) == f"{PARENT}{CHILD}Moving to Node #0,1\n"
     joined = "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,1>\n<End Sub Searches>\n"
     for text in (f"{PARENT}{joined}{CHILD}", f"{PARENT}24,24{GOAL}", f"{PARENT}Moving to Node #0,1"):
