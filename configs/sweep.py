@@ -1,7 +1,7 @@
 """What `evaluate.py --sweep` measures: the paper's comparisons for the runs of one preset.
 
     python evaluate.py --sweep=configs/sweep.py            # preset laptop: the README says how its runs are trained
-    python evaluate.py --sweep=configs/sweep.py:desktop    # laptop, desktop, gpu, paper
+    python evaluate.py --sweep=configs/sweep.py:PRESET     # smoke, laptop, desktop, gpu, paper
     python figures.py --results=runs/sweep
 
 An entry is a label for tables, the workdir of a run, and a grid: field of its config -> values. Every combination is a
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
 # Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
 BUDGETS = {
+    "smoke": ((0, 2), (512,), (64,)),
     "laptop": ((0, 2, 3, 4, 5), (256, 512), (128, 192, 256, 320, 384)),
     "desktop": ((0, 2, 4, 6, 8, 10), (512, 1024), (256, 384, 512, 768)),
     "gpu": ((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),

@@ -70,7 +70,8 @@ def test_the_default_preset_is_laptop_and_an_unknown_one_is_refused(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_header_of_a_recipe_is_its_command(name):
     doc = recipe(name).__doc__ or ""
-    assert re.search(r"python grpo\.py\b" if name == "grpo" else rf"python sft\.py --config=configs/{name}\.py\b", doc)
+    commands = {"grpo": r"python grpo\.py\b", "sweep": r"python evaluate\.py --sweep=configs/sweep\.py\b"}
+    assert re.search(commands.get(name, rf"python sft\.py --config=configs/{name}\.py\b"), doc)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
