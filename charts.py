@@ -155,7 +155,7 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
         for path in paths:
             for entry in read_entries(path):
                 first.setdefault(json.dumps([entry["problem_set"], entry["family"]], sort_keys=True), path)
-                same = ("label", "budget", "temperature", "samples", "concurrent", "threads", "parameters")
+                same = ("label", "asked", "temperature", "samples", "concurrent", "threads", "parameters")
                 found.setdefault(json.dumps([entry[name] for name in same], sort_keys=True), entry)
     if len(first) > 1:
         files = " and ".join(map(str, first.values()))

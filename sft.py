@@ -26,6 +26,7 @@ from absl import flags
 from jax import Array
 from ml_collections import config_flags
 
+import measures
 import packing
 from evaluate import report
 from experiment import Experiment
@@ -157,10 +158,11 @@ def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, step:
     """Solves the validation problems; keeps the parameters if they are the best so far."""
     started = time.monotonic()
     rollouts = experiment.solve(state.params, experiment.validation_set())
-    accuracy = sum(rollout.grade.correct for rollout in rollouts) / len(rollouts)
+    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
     seconds = time.monotonic() - started
-    workdir.log(step, {"heldout_accuracy": accuracy, "heldout_children": children, "heldout_seconds": seconds})
+    heldout = {"accuracy": accuracy, "low": low, "high": high, "children": children, "seconds": seconds}
+    workdir.log(step, {f"heldout_{name}": value for name, value in heldout.items()})
     print(f"step {step}: held-out accuracy {accuracy:.3f} with {children:.1f} children ({seconds:.0f} s)", flush=True)
     if accuracy >= extra["best"]:
         extra["best"] = accuracy

@@ -135,7 +135,7 @@ def test_a_point_that_is_found_twice_counts_once(tmp_path):
     write(tmp_path / "b", entry(accuracy=0.25))
     assert [e["accuracy"] for e in charts.read_results([str(tmp_path)])] == [0.5]
     assert len(charts.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
-    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"parameters": "others"}, {"budget": "more"}, {"label": "SoS"}]
+    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"parameters": "others"}, {"asked": {"answer_tokens": 64}}, {"label": "SoS"}]
     write(tmp_path / "c", *(entry(**other) for other in others), entry(threads={"join": "text"}))
     assert len(charts.read_results([str(tmp_path)])) == 8
 
