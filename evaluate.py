@@ -207,7 +207,7 @@ def table(summary: dict) -> str:
     """The summary for people."""
     low, high = summary["interval"]
     k = str(summary["samples"])
-    together = [f"{name}@{k}: {summary[name][k][0]:.3f}" for name in ("pass", "cons")] if k != "1" else ["one each"]
+    together = [f"{name}@{k}: {summary[name][k][0]:.3f}" for name in ("pass", "cons") if k != "1"]
     rollouts = summary["n"] * summary["samples"]
     rows = [
         ("accuracy", f"{summary['accuracy']:.3f}  (95 % {low:.3f}-{high:.3f}, {summary['correct']}/{rollouts})"),
@@ -218,13 +218,13 @@ def table(summary: dict) -> str:
         ("total tokens per problem", f"{summary['total_tokens']:.0f}"),
         ("sequential tokens per problem", f"{summary['sequential_tokens']:.0f}"),
         ("longest context, mean", f"{summary['longest_context']:.0f}"),
-        ("budget, share of rollouts within", budget_line(summary)),
+        ("budget, and share within it", budget_line(summary) if summary["budget"] != "free" else ""),
         ("truncated, malformed", f"{summary['truncated']:.3f}, {summary['malformed']:.3f}"),
         ("accuracy within a context of", "  ".join(f"{w}: {a[0]:.3f}" for w, a in summary["windows"].items())),
         ("ms per problem: under load", f"{summary['throughput_ms']:.1f}"),
         ("ms per problem: from start to end", f"{summary['milliseconds']:.0f}"),
     ]
-    return "\n".join(f"  {name:<34} {value}" for name, value in rows)
+    return "\n".join(f"  {name:<34} {value}" for name, value in rows if value)
 
 
 def budget_line(summary: dict) -> str:
