@@ -42,7 +42,7 @@ from evaluate import PRETRAINED, report
 from experiment import Experiment
 from packing import Segment, TokenBatch, pack_all, segments
 from parallel_runtime import Request, Rollout
-from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, stack, start_state, state_shardings
+from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, placed_state, stack
 from workdir import Progress, UsageError, Workdir, launch, load_best, read_config, usage_errors
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
@@ -291,9 +291,8 @@ def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> No
     """Runs or resumes the loop; leaves checkpoints and the best parameters in `workdir`."""
     config = experiment.config
     optimizer = experiment.optimizer()
-    shardings = state_shardings(experiment.mesh, optimizer, reference)
-    reference = jax.jit(lambda params: params, out_shardings=shardings.params)(reference)
-    state = jax.jit(lambda params: start_state(optimizer, params), out_shardings=shardings)(reference)
+    state = placed_state(optimizer, experiment.mesh, reference)
+    reference = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
     trainer = Trainer(experiment, reference)
     extra: dict[str, typing.Any] = {"step": 0, "cursor": 0, "best": -1.0}
     if (restored := workdir.restore(state)) is not None:

@@ -3,6 +3,7 @@
     python sft.py --config=configs/apr.py                 # trains, evaluates, shows a solved problem
     python sft.py --config=configs/apr.py:smoke           # the same path in under a minute
     python sft.py --config=configs/sosp.py --config.optimizer.steps=1000 --workdir=runs/short
+    python sft.py --config.init=pretrained/apr --config.threads.join=text --workdir=runs/text    # from another run
 
   1. Draw demonstrations on the fly: number i of a run is fixed by (seed, i).
   2. Pack their threads into rows; drop (or cut) what does not fit the context.
@@ -32,7 +33,7 @@ from evaluate import report
 from experiment import Experiment
 from packing import Packer, Segment, TokenBatch
 from parallel_runtime import longest_context
-from train_state import Outputs, TrainState, init_state, make_train_step, split
+from train_state import Outputs, TrainState, init_state, make_train_step, placed_state, split
 from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
 
 
@@ -108,11 +109,17 @@ class DemonstrationStream:
             self._segments, self._too_long = self._draw(index)
 
 
-def train(experiment: Experiment, workdir: Workdir) -> None:
-    """Runs or resumes the training loop; leaves checkpoints and the best parameters in `workdir`."""
+def train(experiment: Experiment, workdir: Workdir, start_params: typing.Any = None) -> None:
+    """Runs or resumes the training loop, from random parameters unless others are given.
+
+    Leaves checkpoints and the best parameters in `workdir`.
+    """
     config, mesh = experiment.config, experiment.mesh
     optimizer = experiment.optimizer()
-    state = init_state(experiment.model, optimizer, mesh, jax.random.key(config.seed))
+    if start_params is None:
+        state = init_state(experiment.model, optimizer, mesh, jax.random.key(config.seed))
+    else:
+        state = placed_state(optimizer, mesh, start_params)
     extra: dict[str, typing.Any] = {"cursor": (0, 0), "overlong": 0, "best": -1.0}
     if (restored := workdir.restore(state)) is not None:
         state, extra = restored
@@ -175,10 +182,11 @@ def main(_: list[str]) -> None:
     with usage_errors():
         experiment = Experiment(config)
         DemonstrationStream(experiment, (0, 0)).next()
+    start_params = load_best(config.init, experiment.param_shapes())[0] if config.init else None
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     size = f"{experiment.parameter_count() / 1e6:.2f}M parameters"
     print(f"{config.name}: {size}, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
-    train(experiment, workdir)
+    train(experiment, workdir, start_params)
     params, result = load_best(workdir.path, experiment.param_shapes())
     report(experiment, params, experiment.test_set(), workdir.path, result["step"])
 

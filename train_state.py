@@ -19,6 +19,7 @@ matrices decay), as is usual.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 
@@ -143,8 +144,14 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def start_state(optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
-    """A state at step 0 with these parameters: how GRPO starts from SFT."""
+    """A state at step 0 with these parameters."""
     return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def placed_state(optimizer: optax.GradientTransformation, mesh: Mesh, params: typing.Any) -> TrainState:
+    """The same on a mesh, from host arrays: how GRPO starts from SFT, and SFT from another run."""
+    shardings = state_shardings(mesh, optimizer, params)
+    return jax.jit(functools.partial(start_state, optimizer), out_shardings=shardings)(params)
 
 
 def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:

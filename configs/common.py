@@ -60,6 +60,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
             seed=0,
+            init="",  # run whose parameters to start from; empty: random ones
             problems=FAMILIES[preset],
             demonstrator=dict(
                 method=method,
