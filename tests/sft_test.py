@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from packing import TokenBatch
 from parallel_runtime import Call, Rollout
 from tokenizer import Tokenizer
 from train_state import Outputs, init_state
-from workdir import UsageError, Workdir, load_best
+from workdir import UsageError, Workdir, load_best, read_config
 
 CONTEXT = 384
 WALL_CLOCK = {"tokens_per_second", "heldout_seconds"}
@@ -335,3 +336,23 @@ def test_training_stops_at_the_first_loss_that_is_no_number(tmp_path, monkeypatc
     with pytest.raises(UsageError, match=r"nan at step \d.*learning_rate"):
         sft.train(Experiment(config), Workdir(tmp_path / "run", config))
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_a_run_can_start_from_the_parameters_of_another(smoke_run, tmp_path, command: Callable):
+    """A step too small to see away from them; from random ones it would be another model."""
+    arguments = [f"--config.{name}" for name in ("optimizer.steps=1", "optimizer.warmup_steps=0", "train.eval_problems=1")]
+    arguments += [f"--config.{name}" for name in ("optimizer.learning_rate=1e-9", "evaluation.problems=1", "mesh.data=1")]
+    for init, close in ((smoke_run.path, True), ("", False)):
+        path = tmp_path / str(close)
+        ended = command(sft, "--config=configs/apr.py:smoke", f"--config.init={init}", f"--workdir={path}", *arguments)
+        assert ended.status == 0, ended.err
+        shapes = Experiment(ConfigDict(read_config(path))).param_shapes()
+        pairs = zip(*(jax.tree.leaves(load_best(run, shapes)[0]) for run in (smoke_run.path, path)), strict=True)
+        assert all(np.allclose(before, after, atol=1e-6) for before, after in pairs) == close
+
+
+def test_a_start_that_is_no_run_is_refused_before_anything_is_written(tmp_path, command: Callable):
+    arguments = ("--config=configs/apr.py:smoke", "--config.mesh.data=1", f"--config.init={tmp_path}")
+    ended = command(sft, *arguments, f"--workdir={tmp_path / 'new'}")
+    assert ended.status == 2 and "holds no checkpoint" in ended.err, ended
+    assert not (tmp_path / "new").exists()
