@@ -270,7 +270,7 @@ class _Reader:
             if not there or (line.number, line.target) != (target, target):
                 reason = f"the target is {target}" if there else grades[-1].reason if grades else "nothing leads to it"
                 self.fault(FALSE_GOAL, reason, self._hopeful(self.start), self.claims[-1] if grades else ())
-            elif self.given:
+            elif self.given and self.children:
                 self.fault(LOST_AT_JOIN, "a child handed this over, and the thread did not answer", fatal=True)
             else:
                 self.reached = True
