@@ -357,8 +357,9 @@ def sweep(plan: Sequence[Point], output: pathlib.Path) -> None:
 def line(summary: dict[str, typing.Any]) -> str:
     """A point of a sweep for people."""
     low, high = summary["interval"]
+    variant = ", ".join(f"{name}={value}" for name, value in summary["threads"].items())
     return (
-        f"{summary['label']}, {budget_line(summary)}, T={summary['temperature']}: "
+        f"{summary['label']}, {budget_line(summary)}, {variant}, T={summary['temperature']}: "
         f"{summary['accuracy']:.3f} ({low:.3f}-{high:.3f}), {summary['total_tokens']:.0f} tokens, "
         f"{summary['sequential_tokens']:.0f} in sequence, {summary['children']:.1f} children"
     )

@@ -53,10 +53,11 @@ def _smoke(words: str, script: str) -> str:
     recipe = re.search(r"--config=(configs/(\w+)\.py)(?::(\w+))?", words)
     path, name, preset = recipe.groups() if recipe else (f"configs/{'apr' if script == 'sft' else 'grpo'}.py", "", "")
     words = words.replace(recipe[0], "") if recipe else words
-    words = re.sub(r"--config\.(optimizer|grpo)\.steps=\d+", "", words)
+    words = re.sub(r"--config\.((optimizer|train|grpo)\.\w+|init)=\S+", "", words)  # what is of the preset's size
+    named = re.search(r"--config\.name=(\S+)", words)
     if "--workdir=" not in words and script == "sft":
         suffix = "" if preset in (None, "", "laptop") else f"-{preset}"
-        words += f" --workdir=runs/{name or 'apr'}{suffix}"
+        words += f" --workdir=runs/{named[1] if named else (name or 'apr') + suffix}"
     return f"{' '.join(words.split())} --config={path}:smoke"
 
 
@@ -77,6 +78,10 @@ def _smoke(words: str, script: str) -> str:
             "PY sft.py --workdir=runs/sosp-desktop --config=configs/sosp.py:smoke",
         ),
         ("python sft.py --workdir=runs/x", "PY sft.py --workdir=runs/x --config=configs/apr.py:smoke"),
+        (
+            "python sft.py --config=configs/apr.py --config.init=pretrained/apr --config.name=x --config.train.rows=2",
+            "PY sft.py --config.name=x --workdir=runs/x --config=configs/apr.py:smoke",
+        ),
         ("python grpo.py --init=runs/sosp", "PY grpo.py --init=runs/sosp --config=configs/grpo.py:smoke"),
         ("python evaluate.py", "PY evaluate.py --config.evaluation.problems=16"),
         ("python evaluate.py --numbers=7,2,19 --target=31", "PY evaluate.py --numbers=7,2,19 --target=31"),
