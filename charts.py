@@ -137,6 +137,7 @@ def read_entries(path: pathlib.Path) -> list[Entry]:
         raise UsageError(f"{path} must hold a list of evaluations")
     for entry in entries:
         check(entry, SCHEMA, str(path))
+        entry["label"] = label_of(entry["label"], entry["label"])
         for number, result in enumerate(entry["results"]):
             check(result, RESULT_SCHEMA, f"{path}, result {number},")
         if not len(entry["results"]) == entry["n"] * entry["samples"] > 0:
@@ -181,10 +182,14 @@ def read_logs(folders: Sequence[str]) -> list[Log]:
         lines = [_json(text, f"{path}, line {number},") for number, text in enumerate(whole_lines, 1)]
         for number, line in enumerate(lines, 1):
             check(line, {"step": NUMBER}, f"{path}, line {number},")
-        name = re.sub("-(smoke|desktop|gpu|paper)$", "", pathlib.Path(folder).resolve().name)
-        label = RUN_LABELS.get(name, folder)
+        label = label_of(pathlib.Path(folder).resolve().name, folder)
         logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
     return logs
+
+
+def label_of(name: str, other: str) -> str:
+    """The label of a run by its name, without its preset; `other` if it is not ours."""
+    return RUN_LABELS.get(re.sub("-(smoke|desktop|gpu|paper)$", "", name), other)
 
 
 def rank(label: str) -> tuple[int, str]:

@@ -130,6 +130,11 @@ def test_folders_are_searched_and_sorted_by_label(tmp_path):
     assert [e["label"] for e in found] == ["SoS", "APR", "APR RL", "Alpha", "Zeta"]
 
 
+def test_runs_are_known_by_their_names(tmp_path):
+    write(tmp_path, entry("grpo-apr-desktop"), entry("sosp"), entry("mine"))
+    assert [e["label"] for e in charts.read_results([str(tmp_path)])] == ["SoS+", "APR RL", "mine"]
+
+
 def test_a_point_that_is_found_twice_counts_once(tmp_path):
     write(tmp_path / "a", entry(accuracy=0.5))
     write(tmp_path / "b", entry(accuracy=0.25))
