@@ -30,7 +30,8 @@ def rl_config(**changes: int | float | str) -> ConfigDict:
     """The smoke preset of supervised run and RL recipe on one device, of one layer; `model__width=8` sets a field."""
     config, rl = apr.get_config("smoke"), recipe.get_config("smoke")
     with config.unlocked():
-        config.grpo, config.optimizer = rl.grpo, rl.optimizer
+        config.grpo = rl.grpo
+        config.optimizer = ConfigDict(dict(rl.optimizer, steps=rl.grpo.steps * rl.grpo.updates))
     small = {
         "mesh.data": 1,
         "model.layers": 1,

@@ -58,7 +58,8 @@ def _smoke(words: str, script: str) -> str:
     if "--workdir=" not in words and script == "sft":
         suffix = "" if preset in (None, "", "laptop") else f"-{preset}"
         words += f" --workdir=runs/{named[1] if named else (name or 'apr') + suffix}"
-    return f"{' '.join(words.split())} --config={path}:smoke"
+    fields = [word for word in words.split() if word.startswith("--config.")]  # they come after the recipe
+    return " ".join([word for word in words.split() if word not in fields] + [f"--config={path}:smoke", *fields])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def _smoke(words: str, script: str) -> str:
         ("python sft.py --workdir=runs/x", "PY sft.py --workdir=runs/x --config=configs/apr.py:smoke"),
         (
             "python sft.py --config=configs/apr.py --config.init=pretrained/apr --config.name=x --config.train.rows=2",
-            "PY sft.py --config.name=x --workdir=runs/x --config=configs/apr.py:smoke",
+            "PY sft.py --workdir=runs/x --config=configs/apr.py:smoke --config.name=x",
         ),
         ("python grpo.py --init=runs/sosp", "PY grpo.py --init=runs/sosp --config=configs/grpo.py:smoke"),
         ("python evaluate.py", "PY evaluate.py --config.evaluation.problems=16"),
