@@ -214,7 +214,7 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
     unread = [
         prefix + name for prefix, section in sections.items() for name in section if (id(section), name) not in asked
     ]
-    assert set(unread) <= {"name"}  # the default workdir's, read by the command alone
+    assert set(unread) <= {"name", "init"}  # workdir and start, read by the command alone
 
 
 @pytest.mark.parametrize("name", RECIPES)
