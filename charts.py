@@ -19,12 +19,11 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 
 import measures
+from configs.sweep import RUNS
 from workdir import UsageError, usage_errors
 
-LABELS = ("SoS", "SoS+", "SoS+ RL", "SoS+ asked", "APR", "APR RL", "APR asked", "APR asked RL")  # in this order
-# Name of a run's folder, without its preset -> label, as in configs/sweep.py.
-RUN_LABELS = {"sos": "SoS", "sosp": "SoS+", "apr": "APR", "grpo-sosp": "SoS+ RL", "grpo-apr": "APR RL"}
-RUN_LABELS |= {"sosp-asked": "SoS+ asked", "apr-asked": "APR asked", "grpo-apr-asked": "APR asked RL"}
+LABELS = tuple(RUNS)
+RUN_LABELS = {run: label for label, run in RUNS.items()}  # of a run's folder, without its preset
 THREADS = {"join": "path", "inherit": False}  # what is no ablation
 NEIGHBOURS = 5  # on either side in a running mean over steps
 ARROW, CURVE, TRACE, PAPER = "arrow", "curve", "trace", "the paper's"  # kinds of lines drawn in a way of their own
@@ -45,10 +44,8 @@ PAPER_ACCURACY = {
     ("APR asked RL", "10 threads asked"): (0.833, 0.833, 0.838, 0.819),
 }
 PAPER_TOKENS = {"SoS+": (2201, 2660), "APR": (10964, 16720)}  # before and after RL
-PAPER_RL = {
-    "SoS+": "; total tokens 2,201 → 2,660",
-    "APR": "; total tokens 10,964 → 16,720; tokens per thread 1,471 → 1,796; child threads 6.1 → 8.2",
-}
+PAPER_RL = {label: f"; total tokens {before:,} → {after:,}" for label, (before, after) in PAPER_TOKENS.items()}
+PAPER_RL["APR"] += "; tokens per thread 1,471 → 1,796; child threads 6.1 → 8.2"
 PAPERS_OWN = "Column paper: Pan et al. (2025), on their own task, four numbers to 99, with 228M parameters."
 PAPER_COMPUTE = {"SoS+": [(20000, 0.666)], "APR asked": [(20000, 0.801)]}  # majority of seven samples; ten threads
 PAPER_LATENCY = {"SoS+": [(5000, 0.573)], "APR": [(5000, 0.752)]}
@@ -247,8 +244,7 @@ def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry
 
 def by_problem(entry: Entry, name: str) -> list[float]:
     """A field of the results, averaged over the samples of each problem."""
-    values, k = [float(result[name]) for result in entry["results"]], entry["samples"]
-    return [sum(values[i : i + k]) / k for i in range(0, len(values), k)]
+    return measures.per_problem([float(result[name]) for result in entry["results"]], entry["samples"])
 
 
 # ---------------------------------------------------------------- charts of evaluations

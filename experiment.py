@@ -155,13 +155,12 @@ class Experiment:
         Raises Interrupted, with those that are done, on Ctrl-C.
         """
         requests = [Request(problem, index) for problem in problems for index in range(samples)]
+        temperature, seed = self.config.sampler.temperature, (self.config.evaluation.seed,)
+        together = concurrent or max(1, len(requests))
         done: list[Rollout] = []
-        for start in range(0, len(requests), concurrent or len(requests)):
-            share = requests[start : start + (concurrent or len(requests))]
+        for start in range(0, len(requests), together):
             try:
-                done += self.rollouts(
-                    params, self.config.sampler.temperature, share, (self.config.evaluation.seed,)
-                )
+                done += self.rollouts(params, temperature, requests[start : start + together], seed)
             except Interrupted as interrupt:
                 raise Interrupted(done + interrupt.rollouts) from interrupt
         return done

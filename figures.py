@@ -41,7 +41,7 @@ from charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style,
 from viewer import page, page_data, read_trace
 from workdir import UsageError, launch, usage_errors
 
-# Label -> colour (Okabe and Ito's) and marker; their order is that of all legends and tables.
+# Label -> colour (Okabe and Ito's) and marker.
 LOOKS = {
     "SoS": ("#000000", "v"),
     "SoS+": ("#E69F00", "s"),

@@ -26,6 +26,7 @@ from parallel_runtime import Rollout
 
 Z = 1.959964  # standard deviations that hold 95 % of a normal distribution
 MEANS = ("total_tokens", "sequential_tokens", "children", "longest_context", "milliseconds", "truncated", "malformed")
+T = typing.TypeVar("T")
 Estimate = tuple[float, float, float]  # value, and the ends of its interval
 
 
@@ -55,9 +56,14 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return _normal([b - a for a, b in zip(first, second, strict=True)])
 
 
-def grouped(rollouts: Sequence[Rollout], samples: int) -> list[Sequence[Rollout]]:
-    """The samples of each problem; `rollouts` hold them one problem after another."""
-    return [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
+def grouped(items: Sequence[T], samples: int) -> list[Sequence[T]]:
+    """The samples of each problem; `items` hold them one problem after another."""
+    return [items[start : start + samples] for start in range(0, len(items), samples)]
+
+
+def per_problem(values: Sequence[float], samples: int) -> list[float]:
+    """Mean over the samples of each problem."""
+    return [sum(group) / samples for group in grouped(values, samples)]
 
 
 def counts(samples: int) -> list[int]:
@@ -110,7 +116,7 @@ def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict
 def reached_within(correct: Sequence[bool], costs: Sequence[float], bound: float, samples: int = 1) -> Estimate:
     """Accuracy if only rollouts counted that cost at most `bound`."""
     within = [right and cost <= bound for right, cost in zip(correct, costs, strict=True)]
-    return mean([sum(within[start : start + samples]) / samples for start in range(0, len(within), samples)])
+    return mean(per_problem(within, samples))
 
 
 def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str, Estimate]:

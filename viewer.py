@@ -68,10 +68,10 @@ def rollout_from_json(value: typing.Any, vocab_size: int) -> Rollout:
         for stored in fields["calls"]:
             result.calls.append(call(stored, len(result.ids())))
         result.spawns = [[thread(child) for child in children] for children in fields["spawns"]]
-        spawned = [call.stop == pr.SPAWN for call in result.calls]
-        forced = [not result.path and call.stop in (pr.END, pr.THREAD_TOKENS) for call in result.calls]
-        goes_on = [a or b for a, b in zip(spawned, forced, strict=True)][:-1]
-        if not (spawned and all(goes_on) and all(result.spawns) and len(result.spawns) == sum(spawned[:-1])):
+        stops = [call.stop for call in result.calls]
+        goes_on = {pr.SPAWN} if result.path else {pr.SPAWN, pr.END, pr.THREAD_TOKENS}  # a root may be forced on
+        spawned = stops[:-1].count(pr.SPAWN)
+        if not (stops and {*stops[:-1]} <= goes_on and all(result.spawns) and len(result.spawns) == spawned):
             raise ValueError("a thread goes on only after a spawn, or forced, and has children for each of its spawns")
         return result
 

@@ -50,6 +50,16 @@ LIMITS = dict(
 )
 
 
+def evaluation(preset: str) -> dict[str, int]:
+    """How a preset evaluates."""
+    return dict(
+        problems=16 if preset == "smoke" else 500,
+        samples=1,  # rollouts of each problem, for pass@k and cons@k
+        concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
+        seed=0,
+    )
+
+
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
     if preset not in PRESETS:
@@ -99,12 +109,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of (`condition`); -1 is none
             limits=LIMITS,
             sampler=dict(rows=rollout_rows, burst=32, bucket=64, view=view, temperature=0.0, top_k=0, top_p=1.0),
-            evaluation=dict(
-                problems=16 if preset == "smoke" else 500,
-                samples=1,  # rollouts of each problem, for pass@k and cons@k
-                concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
-                seed=0,
-            ),
+            evaluation=evaluation(preset),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
         )
     )

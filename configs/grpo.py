@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import LIMITS
+from configs.common import LIMITS, evaluation
 
 PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # A small model slips so often at temperature 1 (0.43 right; at 0.5 it is 0.63) that the reward says little about how
@@ -71,11 +71,6 @@ def get_config(preset: str = "laptop") -> ConfigDict:
             limits=LIMITS,
             rows=p["rows"],  # of the sampler
             eval_problems=8 if preset == "smoke" else 200,
-            evaluation=dict(
-                problems=16 if preset == "smoke" else 500,
-                samples=1,  # rollouts of each problem, for pass@k and cons@k
-                concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
-                seed=0,
-            ),
+            evaluation=evaluation(preset),
         )
     ).lock()

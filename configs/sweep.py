@@ -13,6 +13,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+# Label -> name of its run; tables and legends keep this order.
+RUNS = {
+    "SoS": "sos",
+    "SoS+": "sosp",
+    "SoS+ RL": "grpo-sosp",
+    "SoS+ asked": "sosp-asked",
+    "APR": "apr",
+    "APR RL": "grpo-apr",
+    "APR asked": "apr-asked",
+    "APR asked RL": "grpo-apr-asked",
+}
 TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
 # Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
 BUDGETS = {
@@ -31,8 +42,6 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     threads, tokens, cuts = BUDGETS[preset]
     suffix = "" if preset == "laptop" else f"-{preset}"
 
-    runs = {"SoS": "sos", "SoS+": "sosp", "APR": "apr", "SoS+ RL": "grpo-sosp", "APR RL": "grpo-apr"}
-    runs |= {"APR asked": "apr-asked", "APR asked RL": "grpo-apr-asked", "SoS+ asked": "sosp-asked"}
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
         # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
@@ -49,7 +58,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
 
     def workdir(label: str) -> str:
         """One's own run if it is there, else the shipped one."""
-        name = f"{runs[label]}{suffix}"
+        name = f"{RUNS[label]}{suffix}"
         shipped = Path(f"pretrained/{name}").is_dir() and not Path(f"runs/{name}").is_dir()
         return f"{'pretrained' if shipped else 'runs'}/{name}"
 
