@@ -299,6 +299,14 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> R
     return rollout
 
 
+def heldout(experiment: Experiment, params: typing.Any) -> dict[str, float]:
+    """Accuracy with its interval, and children per problem, on the problems that choose the best parameters."""
+    rollouts = experiment.solve(params, experiment.validation_set())
+    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
+    children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
+    return {"accuracy": accuracy, "low": low, "high": high, "children": children}
+
+
 # ------------------------------------------------------------------- sweeps
 
 

@@ -36,9 +36,8 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict, config_flags
 
-import measures
 import parallel_runtime
-from evaluate import PRETRAINED, report
+from evaluate import PRETRAINED, heldout, report
 from experiment import Experiment
 from packing import Segment, TokenBatch, pack_all, segments
 from parallel_runtime import Request, Rollout
@@ -326,14 +325,11 @@ def _line(values: dict[str, float]) -> str:
 
 def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra: dict) -> None:
     """Solves the validation problems greedily; keeps the parameters if they are the best so far."""
-    rollouts = experiment.solve(state.params, experiment.validation_set())
-    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
-    children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
-    workdir.log(
-        extra["step"],
-        {"heldout_accuracy": accuracy, "heldout_low": low, "heldout_high": high, "heldout_children": children},
-    )
-    text = f"held-out accuracy {accuracy:.3f} ({low:.3f}-{high:.3f}) with {children:.1f} children"
+    found = heldout(experiment, state.params)
+    accuracy = found["accuracy"]
+    workdir.log(extra["step"], {f"heldout_{name}": value for name, value in found.items()})
+    text = f"held-out accuracy {accuracy:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+    text += f" with {found['children']:.1f} children"
     print(f"step {extra['step']}: {text}", flush=True)
     if accuracy > extra["best"]:
         extra["best"] = accuracy

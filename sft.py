@@ -27,9 +27,8 @@ from absl import flags
 from jax import Array
 from ml_collections import config_flags
 
-import measures
 import packing
-from evaluate import report
+from evaluate import heldout, report
 from experiment import Experiment
 from packing import Packer, Segment, TokenBatch
 from parallel_runtime import longest_context
@@ -164,13 +163,11 @@ def _log(workdir: Workdir, step: int, pending: list[dict], since: float, stream:
 def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, step: int, extra: dict) -> None:
     """Solves the validation problems; keeps the parameters if they are the best so far."""
     started = time.monotonic()
-    rollouts = experiment.solve(state.params, experiment.validation_set())
-    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
-    children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
-    seconds = time.monotonic() - started
-    heldout = {"accuracy": accuracy, "low": low, "high": high, "children": children, "seconds": seconds}
-    workdir.log(step, {f"heldout_{name}": value for name, value in heldout.items()})
-    print(f"step {step}: held-out accuracy {accuracy:.3f} with {children:.1f} children ({seconds:.0f} s)", flush=True)
+    found = heldout(experiment, state.params)
+    accuracy, seconds = found["accuracy"], time.monotonic() - started
+    workdir.log(step, {f"heldout_{name}": value for name, value in found.items()} | {"heldout_seconds": seconds})
+    text = f"held-out accuracy {accuracy:.3f} with {found['children']:.1f} children ({seconds:.0f} s)"
+    print(f"step {step}: {text}", flush=True)
     if accuracy >= extra["best"]:
         extra["best"] = accuracy
         workdir.save_best(step, state.params, {"validation_accuracy": accuracy})
