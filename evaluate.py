@@ -290,7 +290,7 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> R
     def watch(thread: Thread) -> None:
         print(show_call(thread, len(thread.calls) - 1, experiment.tokenizer), flush=True)
 
-    runtime = experiment.runtime(params, experiment.config.sampler.temperature, watch)
+    runtime = experiment.runtimes(params, experiment.config.sampler.temperature, watch)[0]
     rollout = runtime.run([Request(problem)], seed=(experiment.config.evaluation.seed,))[0]
     verdict = "right" if rollout.grade.correct else f"wrong: {rollout.grade.reason}"
     print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")

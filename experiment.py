@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import solver
 from model import Decoder, ModelConfig
-from parallel_runtime import Interrupted, Limits, Request, Rollout, Runtime, Thread
+from parallel_runtime import Interrupted, Limits, Request, Rollout, Runtime, Thread, side_by_side
 from sampler import Sampler, SamplerConfig
 from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, Split
 from tokenizer import Tokenizer
@@ -45,11 +45,21 @@ class Experiment:
         told = {name: None if value == -1 else value for name, value in config.prompt.items()}
         self.variant = Countdown(self.tokenizer, d.method, **config.threads)
         self.task = self.variant.asking(told["sub_calls"], told["tokens"])
-        self.sampler_config = SamplerConfig(**config.sampler)
+        settings = dict(config.sampler)
+        self.lanes = settings.pop("lanes")
+        if self.lanes < 1:
+            raise ValueError(f"sampler.lanes={self.lanes} must be at least 1")
+        if settings["rows"] % (self.lanes * self._sampler_mesh().size):
+            raise ValueError(
+                f"sampler.rows={settings['rows']} must be a multiple of sampler.lanes={self.lanes} "
+                f"x {self._sampler_mesh().size} devices"
+            )
+        settings["rows"] //= self.lanes
+        self.sampler_config = SamplerConfig(**settings)
         self.sampler_config.check(self.model_config, self._sampler_mesh().size)
         self.optimizer()
         self._check()
-        self._samplers: dict[float, Sampler] = {}
+        self._samplers: dict[float, list[Sampler]] = {}
 
     def _check(self) -> None:
         """Raises ValueError on fields that do not go together."""
@@ -123,29 +133,33 @@ class Experiment:
         """This process's devices: rows share nothing, so that every device is one more for the axis "data"."""
         return Mesh(np.asarray(self.mesh.local_devices), ("data",))
 
-    def runtime(
+    def runtimes(
         self, params: typing.Any, temperature: float, watch: Callable[[Thread], None] | None = None
-    ) -> Runtime:
-        """A runtime that samples with these parameters; there is one sampler per temperature, compiled once."""
+    ) -> list[Runtime]:
+        """One runtime per lane, sampling with these parameters; samplers are kept per temperature, compiled once."""
         params = local(params)
         if temperature not in self._samplers:
             settings = dataclasses.replace(self.sampler_config, temperature=temperature)
             stop_ids = (self.task.end_id, self.task.spawn_id)
-            self._samplers[temperature] = Sampler(self.model, params, settings, stop_ids, self._sampler_mesh())
-        self._samplers[temperature].update(params)
-        return Runtime(self._samplers[temperature], self.task, self.limits, watch)
+            self._samplers[temperature] = [
+                Sampler(self.model, params, settings, stop_ids, self._sampler_mesh()) for _ in range(self.lanes)
+            ]
+        for sampler in self._samplers[temperature]:
+            sampler.update(params)
+        return [Runtime(sampler, self.task, self.limits, watch) for sampler in self._samplers[temperature]]
 
     def sampler_seconds(self, temperature: float) -> dict[str, float]:
-        """Seconds that sampling at this temperature has taken so far: on the device (two parts) and on the host."""
-        counters = self._samplers[temperature].counters if temperature in self._samplers else {}
-        return {part: counters.get(part, 0.0) for part in ("prefill_seconds", "decode_seconds", "host_seconds")}
+        """Seconds that a lane at this temperature has taken so far: on the device (two parts) and on the host."""
+        counters = [sampler.counters for sampler in self._samplers.get(temperature, [])]
+        parts = ("prefill_seconds", "decode_seconds", "host_seconds")
+        return {part: sum(counter[part] for counter in counters) / self.lanes for part in parts}
 
     def rollouts(
         self, params: typing.Any, temperature: float, requests: Sequence[Request], seed: Sequence[int]
     ) -> list[Rollout]:
         """Runs the requests, each process an equal share of them; every process gets all, in order."""
         share = requests[jax.process_index() :: jax.process_count()]
-        return gather(self.runtime(params, temperature).run(share, seed))
+        return gather(side_by_side(self.runtimes(params, temperature), share, seed))
 
     def solve(
         self, params: typing.Any, problems: Sequence[Problem], samples: int = 1, concurrent: int = 0

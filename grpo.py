@@ -259,22 +259,21 @@ class Trainer:
         batches, where = make_batches(collected, config)
         batch = stack(batches)
         packed = time.perf_counter()
-        trainer = np.asarray(self.score(state.params, batch))
-        values = {**described, **mismatch(batch, trainer, where)}
-        if config.grpo.importance_cap:
-            ratio = np.exp(np.where(batch.sampled, trainer - batch.old_logp, 0))
-            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
+        own = batch.old_logp  # the sampler's
         if config.grpo.old_logp == "trainer":
-            batch = batch._replace(old_logp=trainer)
-        if config.grpo.kl_weight:
-            batch = batch._replace(ref_logp=np.asarray(self.score(self.reference, batch)))
-        else:
-            batch = batch._replace(ref_logp=trainer)
+            batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))
+        if config.grpo.importance_cap:
+            ratio = np.exp(np.where(batch.sampled, batch.old_logp - own, 0))
+            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
+        reference = np.asarray(self.score(self.reference, batch)) if config.grpo.kl_weight else batch.old_logp
+        batch = batch._replace(ref_logp=reference)
         scored = time.perf_counter()
-        for _ in range(config.grpo.updates):
-            state, metrics = self.train_step(state, batch)
-        metrics = jax.device_get(metrics)
+        state, metrics, trainer = self.train_step(state, batch)
+        for _ in range(config.grpo.updates - 1):
+            state, metrics, _ = self.train_step(state, batch)
+        metrics, trainer = jax.device_get((metrics, trainer))
         tokens = max(metrics["tokens"], 1)
+        values = {**described, **mismatch(batch._replace(old_logp=own), trainer, where)}
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
         values |= {"kl": float(metrics["kl"] / tokens), "clip_share": float(metrics["clipped"] / tokens)}
         values |= {
@@ -331,7 +330,7 @@ def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra
     text = f"held-out accuracy {accuracy:.3f} ({found['low']:.3f}-{found['high']:.3f})"
     text += f" with {found['children']:.1f} children"
     print(f"step {extra['step']}: {text}", flush=True)
-    if accuracy > extra["best"]:
+    if accuracy >= extra["best"]:  # of equals the one trained longest
         extra["best"] = accuracy
         workdir.save_best(extra["step"], state.params, {"validation_accuracy": accuracy})
 

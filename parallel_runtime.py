@@ -22,6 +22,7 @@ the language of the task only through a `Task`. Per round:
      child of a spawn is in, the parent is *rewound* to just before the spawn
      block, *extended* by the join block, and is ready again (paper section 3.2).
 
+Several runtimes, an engine each, share the requests of a run (`side_by_side`).
 Everything is bounded (`Limits`), and what a bound cuts is named in the record.
 Budget forcing (s1, arXiv 2501.19393) is the same rewind and extend, done to a root
 that ends: one cut by its token bound is made to answer, one that gave up is sent on.
@@ -34,9 +35,11 @@ being sent again.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import heapq
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -345,12 +348,7 @@ class Runtime:
 
     def run(self, requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
         """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
-        finished: dict[int, Rollout] = {}
-        try:
-            finished.update(self.stream(requests, seed))
-        except KeyboardInterrupt as interrupt:
-            raise Interrupted([finished[number] for number in sorted(finished)]) from interrupt
-        return [finished[number] for number in range(len(requests))]
+        return side_by_side([self], requests, seed)
 
     def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
         """Yields (number of the request, rollout) as rollouts finish.
@@ -525,3 +523,30 @@ class Runtime:
         milliseconds = 1e3 * (time.monotonic() - self._start.get(live.number, time.monotonic()))
         grade = self.task.grade(request.problem, live.thread)
         self._done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
+
+
+def side_by_side(runtimes: Sequence[Runtime], requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
+    """All rollouts, in the order of `requests`: each runtime runs an equal share, in a host thread of its own.
+
+    Raises Interrupted, with those that are done, on Ctrl-C, and whatever a runtime raises.
+    """
+    finished: dict[int, Rollout] = {}
+    leave = threading.Event()
+
+    def lane(first: int) -> None:
+        share = requests[first :: len(runtimes)]
+        for number, rollout in runtimes[first].stream(share, seed):
+            finished[first + number * len(runtimes)] = rollout
+            if leave.is_set():
+                return
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(runtimes)) as pool:
+            try:
+                for running in concurrent.futures.as_completed(pool.submit(lane, n) for n in range(len(runtimes))):
+                    running.result()
+            finally:
+                leave.set()  # or the others would run to their end before an error is heard of
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted([finished[number] for number in sorted(finished)]) from interrupt
+    return [finished[number] for number in range(len(requests))]

@@ -128,7 +128,7 @@ def train(experiment: Experiment, workdir: Workdir, start_params: typing.Any = N
     progress = Progress(total, start, "step")
     clock, pending = time.monotonic(), []
     for step in range(start + 1, total + 1):
-        state, metrics = train_step(state, stream.next())
+        state, metrics, _ = train_step(state, stream.next())
         pending.append(metrics)
         progress.update(step)
         checkpoint = step % config.train.eval_every == 0 or step == total

@@ -167,38 +167,45 @@ def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:
 
 def make_train_step(
     model: Decoder, optimizer: optax.GradientTransformation, loss_fn: LossFn, mesh: Mesh
-) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array], Array]]:
     """Compiles `train_step` for a mesh. Its batch has fields [M, R, T]; its first argument is donated.
 
-    The step's metrics: loss, grad_norm, tokens (sampled), accuracy and entropy
+    Returns the next state, the step's metrics, and the log-prob of every token [M, R, T] under the parameters that
+    the step began with. Metrics: loss, grad_norm, tokens (sampled), accuracy and entropy
     (means over sampled tokens), and whatever the loss reports, summed.
     """
 
-    def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+    def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, tuple[dict[str, Array], Array]]:
         out = outputs(model, params, batch)
         loss_RT, extra = loss_fn(out, batch)
         sampled = batch.sampled.astype(jnp.float32)
         sums = {"tokens": sampled, "accuracy": out.top * sampled, "entropy": out.entropy * sampled, **extra}
-        return loss_RT.sum(), {name: value.sum() for name, value in sums.items()}
+        return loss_RT.sum(), ({name: value.sum() for name, value in sums.items()}, out.logp)
 
-    def train_step(state: TrainState, batches: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, batches: TokenBatch) -> tuple[TrainState, dict[str, Array], Array]:
         def micro(m: Array | int) -> typing.Any:
             batch = TokenBatch(*(field[m] for field in batches))
-            (loss, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
-            return grads, {"loss": loss, **sums}
+            (loss, (sums, logp_RT)), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
+            return (grads, {"loss": loss, **sums}), logp_RT
+
+        def add(m: Array, so_far: typing.Any) -> typing.Any:
+            total, logp_MRT = so_far
+            new, logp_RT = micro(m)
+            return jax.tree.map(jnp.add, total, new), logp_MRT.at[m].set(logp_RT)
 
         if batches.tokens.shape[0] == 1:
-            grads, sums = micro(0)
+            (grads, sums), logp_RT = micro(0)
+            logp_MRT = logp_RT[None]
         else:
-            used = _used(batches)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, 0))
-            grads, sums = jax.lax.fori_loop(0, used, lambda m, total: jax.tree.map(jnp.add, total, micro(m)), zeros)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, 0)[0])
+            start = zeros, jnp.zeros(batches.tokens.shape, jnp.float32)
+            (grads, sums), logp_MRT = jax.lax.fori_loop(0, _used(batches), add, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         tokens = jnp.maximum(sums["tokens"], 1)
         means = {name: sums[name] / tokens for name in ("accuracy", "entropy")}
         metrics = {**sums, **means, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1), metrics, logp_MRT
 
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shardings = state_shardings(mesh, optimizer, shapes)
@@ -206,7 +213,7 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         in_shardings=(shardings, TokenBatch(*[NamedSharding(mesh, ROWS)] * len(TokenBatch._fields))),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        out_shardings=(shardings, *[NamedSharding(mesh, PartitionSpec())] * 2),
     )
     return lambda state, batches: compiled(state, _spread(batches, mesh))
 

@@ -8,6 +8,7 @@ run
   refill    as the runtime does it, freed rows taken at once;
   waves     no row is refilled before all have stopped, but rows that have stopped are left out of the next burst;
   lockstep  waves in which every row decodes on until the longest has stopped, as in a batch that is padded;
+  lanes     refill, by `--lanes` samplers of as many rows each, side by side;
   serial    on a single row: one thread at a time.
 
 "alone" is the latency of one problem with eight children and nothing else in flight: over
@@ -32,6 +33,7 @@ Run: python -m benchmarks.decode
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
@@ -101,29 +103,30 @@ class Replay:
 
 
 def replay(
-    experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any], repeats: int, schedule: str
+    experiment: typing.Any, engines: Sequence[typing.Any], rollouts: Sequence[typing.Any], repeats: int, schedule: str
 ) -> dict:
-    """Figures of the best run of the rollouts; the first run compiles and is not counted."""
-    from parallel_runtime import Runtime, total_tokens
+    """Figures of the best run of the rollouts, spread over the engines; the first run compiles and is not counted."""
+    from parallel_runtime import Runtime, side_by_side, total_tokens
 
-    replaying = Replay(engine, rollouts, schedule)
-
-    runtime = Runtime(replaying, experiment.task, experiment.limits)
+    replaying = [Replay(engine, rollouts, schedule) for engine in engines]
+    runtimes = [Runtime(lane, experiment.task, experiment.limits) for lane in replaying]
 
     def run() -> None:
-        runtime.run(replaying.requests, SEED)
+        side_by_side(runtimes, replaying[0].requests, SEED)
 
     first = best(1, run)
-    engine.counters.clear()
+    for engine in engines:
+        engine.counters.clear()
     seconds = best(repeats, run)
-    counters, tokens = engine.counters, sum(total_tokens(rollout.root) for rollout in rollouts)
+    counters = sum((collections.Counter(engine.counters) for engine in engines), collections.Counter())
+    tokens = sum(total_tokens(rollout.root) for rollout in rollouts)
     assert counters["decode_tokens"] == tokens * repeats or schedule == "lockstep"
     total = sum(counters[f"{part}_seconds"] for part in ("prefill", "decode", "host"))
     return {
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
         "occupancy": tokens * repeats / counters["row_steps"],
-        "evictions": runtime.evictions / (repeats + 1),
+        "evictions": sum(runtime.evictions for runtime in runtimes) / (repeats + 1),
         "prefill_share": counters["prefill_seconds"] / total,
         "host_share": counters["host_seconds"] / total,
         "prefill_tokens": counters["prefill_tokens"] / repeats,
@@ -205,14 +208,16 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     }
     many, step = engine(args.rows), 1 / equal(engine(1), args.repeats)
     for schedule in ("refill", "waves", "lockstep"):
-        figures[schedule] = replay(experiment, many, rollouts, args.repeats, schedule)
+        figures[schedule] = replay(experiment, [many], rollouts, args.repeats, schedule)
+    lanes = [many, *(engine(args.rows) for _ in range(1, args.lanes))]
+    figures["lanes"] = replay(experiment, lanes, rollouts, args.repeats, "refill")
     milliseconds, children = alone(experiment, many, wide)
     figures["alone"] = {
         "milliseconds": milliseconds,
         "over_ideal": milliseconds / (1e3 * step * sum(sequential_tokens(r.root) for r in wide) / len(wide)),
         "children_speedup": alone(experiment, engine(2), wide)[1] / children,
     }
-    figures["serial"] = replay(experiment, engine(1), few, 1, "refill")
+    figures["serial"] = replay(experiment, [engine(1)], few, 1, "refill")
     calls = []
     for thread in (thread for rollout in rollouts for thread in rollout.threads()):
         for call in thread.calls:
@@ -339,7 +344,7 @@ def llama_cpp(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[int
 def parse() -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(problems=100, rows=64, burst=32, view=2048, repeats=3, threads=2).items():
+    for name, value in dict(problems=100, rows=64, lanes=2, burst=32, view=2048, repeats=3, threads=2).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--temperature", type=float, default=1.0)

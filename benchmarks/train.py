@@ -91,7 +91,7 @@ def ours(args: argparse.Namespace, packed: bool) -> Callable[[], object]:
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics, _ = step(state, batch)
         jax.block_until_ready((state, metrics))
 
     run()

@@ -30,13 +30,14 @@ TRAINING = {
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
     "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
 }
-# Preset -> threads decoded side by side, and history slots (rows x length) per device call: all, but on a CPU.
+# Preset -> threads decoded side by side, lanes they are spread over (on a CPU one per core), and history slots
+# (rows x length) per device call: all, but on a CPU.
 SAMPLING = {
-    "smoke": (16, 8192),
-    "laptop": (64, 2048),
-    "desktop": (64, 1024),
-    "gpu": (512, 512 * 2048),
-    "paper": (256, 256 * 4096),
+    "smoke": (16, 2, 8192),
+    "laptop": (128, 2, 2048),
+    "desktop": (128, 2, 1024),
+    "gpu": (512, 1, 512 * 2048),
+    "paper": (256, 1, 256 * 4096),
 }
 PRESETS = tuple(FAMILIES)
 LIMITS = dict(
@@ -65,7 +66,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     steps, rows, micro_rows, learning_rate, warmup_steps, eval_every, eval_problems = TRAINING[preset]
-    rollout_rows, view = SAMPLING[preset]
+    rollout_rows, lanes, view = SAMPLING[preset]
     config = ConfigDict(
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
@@ -108,7 +109,16 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             ),
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of (`condition`); -1 is none
             limits=LIMITS,
-            sampler=dict(rows=rollout_rows, burst=32, bucket=64, view=view, temperature=0.0, top_k=0, top_p=1.0),
+            sampler=dict(
+                rows=rollout_rows,  # over all lanes
+                lanes=lanes,  # samplers at work at once, a thread of the host each
+                burst=32,
+                bucket=64,
+                view=view,
+                temperature=0.0,
+                top_k=0,
+                top_p=1.0,
+            ),
             evaluation=evaluation(preset),
             mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
         )

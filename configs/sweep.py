@@ -24,6 +24,8 @@ RUNS = {
     "APR asked": "apr-asked",
     "APR asked RL": "grpo-apr-asked",
 }
+# The same of runs trained to join or to inherit in another way: in tables only, beside APR's own.
+RETRAINED = {"APR text": "apr-text", "APR inherit": "apr-inherit"}
 TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
 # Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
 BUDGETS = {
@@ -54,11 +56,12 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (pair, {"limits.extensions": (1, 2, 4)}),
         (("APR",), {"threads.join": ("text",)}),
         (("APR",), {"threads.inherit": (True,)}),
+        (tuple(RETRAINED), {}),
     ]
 
     def workdir(label: str) -> str:
         """One's own run if it is there, else the shipped one."""
-        name = f"{RUNS[label]}{suffix}"
+        name = f"{(RUNS | RETRAINED)[label]}{suffix}"
         shipped = Path(f"pretrained/{name}").is_dir() and not Path(f"runs/{name}").is_dir()
         return f"{'pretrained' if shipped else 'runs'}/{name}"
 

@@ -168,7 +168,7 @@ def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
     assert {leaf.dtype for leaf in jax.tree.leaves(before)} == {np.dtype("float32")}
     batch = tiny_batch(4, 16, experiment.tokenizer.vocab_size)
     step = make_train_step(experiment.model, optimizer, sft.sft_loss, experiment.mesh)
-    state, metrics = step(state, batch)
+    state, metrics, _ = step(state, batch)
     assert int(state.step) == 1
     assert float(metrics["loss"]) == pytest.approx(np.log(experiment.tokenizer.vocab_size), abs=1)
     assert 0 < float(metrics["grad_norm"]) < 100
@@ -193,7 +193,7 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
             "optimizer.steps": 1,
             "optimizer.warmup_steps": 0,
             "evaluation.problems": 1,
-            "sampler.rows": 1,
+            "sampler.rows": 2,
         }
     )
     sections = {"": config, **{f"{name}.": config[name] for name in config if isinstance(config[name], ConfigDict)}}

@@ -118,8 +118,8 @@ class Scripted(Experiment):
         trace = solver.demonstrate(problem, self.demonstrator, solver.random.Random(index))
         return solver.record(problem, trace, self.task)
 
-    def runtime(self, params, temperature, watch=None) -> Runtime:
-        return Runtime(Replay(self.recorded), self.task, self.limits, watch)
+    def runtimes(self, params, temperature, watch=None) -> list[Runtime]:
+        return [Runtime(Replay(self.recorded), self.task, self.limits, watch)]
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
     mesh = make_mesh(data, 1, 1)
     params = jax.device_get(init_state(experiment.model, optax.sgd(1.0), mesh, jax.random.key(0)).params)
     step = make_train_step(experiment.model, optax.sgd(1.0), grpo.grpo_loss(config.grpo), mesh)
-    state, _ = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0)), batch)
+    state, *_ = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0)), batch)
     return jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
 
 

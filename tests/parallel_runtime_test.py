@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -559,6 +561,58 @@ def test_an_interrupted_run_hands_over_what_is_finished(monkeypatch: pytest.Monk
     assert finished and set(finished) < {"p:", "q:", "r:"} and finished == sorted(finished)
     by_problem = {rollout.problem: rollout for rollout in expected}
     assert same(caught.value.rollouts) == same([by_problem[problem] for problem in finished])
+
+
+# ------------------------------------------------------------------- several runtimes side by side
+
+
+def echo(context: str, _: Fill) -> str:
+    return context[0] * (3 + ord(context[0]) % 5) + "."
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7])
+def test_lanes_do_the_work_of_one_runtime_each_an_equal_share(lanes: int) -> None:
+    _, runtime, requests = start(echo, "p:", "q:", "r:", "s:", "t:")
+    expected = runtime.run(requests, SEED)
+    started = [start(echo, rows=1) for _ in range(lanes)]
+    assert same(pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED)) == same(expected)
+    shares = [len(scripted.calls) for scripted, _, _ in started]
+    assert sum(shares) == 5 and max(shares) - min(shares) <= 1
+
+
+def test_lanes_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, meeting = [start(echo) for _ in range(2)], threading.Barrier(2, timeout=60)
+    for engine, _, _ in started:
+        decode = engine.decode
+        monkeypatch.setattr(engine, "decode", lambda decode=decode: (meeting.wait(), decode())[1])
+    requests = [Request("p:"), Request("q:")]
+    assert len(pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED)) == 2
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_stops_one_lane_stops_the_others(fault: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    (broken, first, _), (endless, second, _) = start(echo), start(echo, rows=1)
+    requests = [Request("p:", index) for index in range(200)]
+    decode, going = endless.decode, threading.Event()
+
+    def slow() -> list[Stopped]:
+        if len(endless.calls) > 3:
+            going.set()
+            time.sleep(0.01)
+        return decode()
+
+    def fail() -> list[Stopped]:
+        going.wait()
+        raise fault
+
+    monkeypatch.setattr(endless, "decode", slow)
+    monkeypatch.setattr(broken, "decode", fail)
+    with pytest.raises(fault) as caught:
+        pr.side_by_side([first, second], requests, SEED)
+    assert len(endless.calls) < len(requests) // 2  # its share
+    if fault is KeyboardInterrupt:
+        done = [rollout.index for rollout in caught.value.rollouts]  # type: ignore[attr-defined]
+        assert len(done) >= 3 and done == list(range(1, 200, 2))[: len(done)]
 
 
 def test_no_requests_are_no_rollouts() -> None:

@@ -333,6 +333,15 @@ def test_scores_are_the_log_probs_of_every_token() -> None:
     assert scores.shape == (4, ROWS, LENGTH) and not np.asarray(scores)[2:].any()
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_tells_the_log_probs_that_it_began_with(batches: int) -> None:
+    batch = stack(halves()[:batches], least=4 if batches > 1 else 1)
+    state = TrainState(initial(), optax.sgd(1.0).init(initial()), jnp.int32(0))
+    after, _, logp = descent(2, 2, 2)(state, batch)
+    assert not np.allclose(after.params["embedding"], initial()["embedding"])
+    np.testing.assert_allclose(logp, make_score(MODEL, make_mesh(1, 1, 1))(initial(), batch), rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------- optimizer
 
 
@@ -441,7 +450,7 @@ def fixed_batch() -> TokenBatch:
 def test_a_fixed_batch_is_learned_by_heart() -> None:
     state, losses = init_state(MODEL, ADAM, make_mesh(1, 1, 1), jax.random.key(1)), []
     for _ in range(60):
-        state, metrics = adam_step()(state, fixed_batch())
+        state, metrics, _ = adam_step()(state, fixed_batch())
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(math.log(64), rel=0.15)  # at first every id is about as likely
     assert losses[-1] < 0.05 and metrics["accuracy"] == 1.0
@@ -454,7 +463,7 @@ def test_two_runs_are_one_run_of_twice_the_length_bit_for_bit() -> None:
 
     def run(state: TrainState, part: Sequence[TokenBatch]) -> TrainState:
         for batch in part:
-            state, _ = adam_step()(state, batch)
+            state, *_ = adam_step()(state, batch)
         return jax.device_get(state)
 
     once = run(init_state(MODEL, ADAM, mesh, jax.random.key(2)), batches)

@@ -246,9 +246,10 @@ BAD_COMMANDS = {
         ["train.micro_rows=2", "multiple", "8 devices"],
     ),
     "sampler rows against devices": (
-        ["--config.mesh.data=8", "--config.train.rows=8", "--config.train.micro_rows=8", "--config.sampler.rows=12"],
-        ["sampler.rows=12", "multiple", "8"],
+        ["--config.mesh.data=8", "--config.train.rows=8", "--config.train.micro_rows=8", "--config.sampler.rows=24"],
+        ["sampler.rows=24", "multiple", "sampler.lanes=2", "8 devices"],
     ),
+    "no lanes": (["--config.sampler.lanes=0"], ["sampler.lanes=0"]),
     "heads against mesh": (
         ["--config.mesh.tensor=4"],
         ["mesh", "tensor", "4"],
