@@ -20,7 +20,7 @@ from configs import grpo as recipe
 from evaluate import PRETRAINED
 from experiment import Experiment
 from parallel_runtime import CONTEXT, END, Call, Grade, Request, Rollout, Thread
-from train_state import TrainState, init_state, make_mesh, make_train_step, stack
+from train_state import TrainState, init_params, init_state, make_mesh, make_train_step, stack
 from workdir import Workdir, load_best
 
 GROUPS, SIZE = 3, 4
@@ -276,6 +276,19 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), where)
     assert found.keys() == {"mismatch_parent", "mismatch_child", "mismatch_joined"}
     assert all(0 < value < 1e-4 for value in found.values()), found
+
+
+def test_lanes_draw_the_ids_of_a_single_sampler(compilation_cache):
+    drawn = []
+    for lanes in (1, 2, 4):
+        experiment = Experiment(rl_config(sampler__lanes=lanes))
+        params = init_params(experiment.model, jax.random.key(0))
+        requests = [Request(experiment.problem("train", 0, n // 2), n % 2) for n in range(11)]
+        rollouts = experiment.rollouts(params, 1.0, requests, (0,))
+        assert [(rollout.problem, rollout.index) for rollout in rollouts] == [(r.problem, r.index) for r in requests]
+        drawn.append([[call.sampled for t in rollout.threads() for call in t.calls] for rollout in rollouts])
+        assert all(value > 0 for value in experiment.sampler_seconds(1.0).values())
+    assert drawn[0] == drawn[1] == drawn[2] and len({str(calls) for calls in drawn[0]}) == 11
 
 
 def test_rollouts_can_be_told_of_a_budget():
