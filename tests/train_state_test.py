@@ -133,7 +133,7 @@ def descent(data: int = 1, fsdp: int = 1, tensor: int = 1, loss: typing.Any = di
 
 def gradient(batch: TokenBatch, *mesh: int, loss: typing.Any = distance_loss) -> tuple[Tree, dict[str, float]]:
     """Gradient and metrics of one step."""
-    state, metrics = descent(*mesh, loss=loss)(start_state(optax.sgd(1.0), initial()), batch)
+    state, metrics, _ = descent(*mesh, loss=loss)(start_state(optax.sgd(1.0), initial()), batch)
     return jax.tree.map(lambda old, new: old - np.asarray(new), initial(), state.params), jax.device_get(metrics)
 
 
@@ -336,7 +336,7 @@ def test_scores_are_the_log_probs_of_every_token() -> None:
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_step_tells_the_log_probs_that_it_began_with(batches: int) -> None:
     batch = stack(halves()[:batches], least=4 if batches > 1 else 1)
-    state = TrainState(initial(), optax.sgd(1.0).init(initial()), jnp.int32(0))
+    state = start_state(optax.sgd(1.0), initial())
     after, _, logp = descent(2, 2, 2)(state, batch)
     assert not np.allclose(after.params["embedding"], initial()["embedding"])
     np.testing.assert_allclose(logp, make_score(MODEL, make_mesh(1, 1, 1))(initial(), batch), rtol=1e-5, atol=1e-5)
@@ -477,7 +477,7 @@ def test_a_fresh_state_is_the_same_on_every_mesh_and_lives_in_parts() -> None:
     alone = init_state(MODEL, ADAM, make_mesh(1, 1, 1), jax.random.key(3))
     spread = init_state(MODEL, ADAM, make_mesh(2, 2, 2), jax.random.key(3))
     assert_close(jax.device_get(alone), jax.device_get(spread), 1e-7)
-    stepped, _ = descent(2, 2, 2)(
+    stepped, *_ = descent(2, 2, 2)(
         start_state(optax.sgd(1.0), initial()), CASES["rows, parameters and heads in parts"]()[0]
     )
     moments = optax.tree.get(spread.opt_state, "mu"), optax.tree.get(spread.opt_state, "nu")
