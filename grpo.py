@@ -9,10 +9,11 @@ One step:
   2. grade them with the one grader and shape the reward (`reward`);
   3. advantage of a rollout = its reward against its group (`advantages`); every
      thread of the rollout, parent and children, gets the same;
-  4. pack the sampled ids of every thread, with their log-probs under the sampler,
-     the trainer and the reference, and per-token weights computed once over the
+  4. pack the sampled ids of every thread, with their log-probs under the sampler
+     (or the trainer) and the reference, and per-token weights computed once over the
      whole batch (`weigh`), so that micro-batches cannot mix or rescale groups;
-  5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`.
+  5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`; the
+     first tells how far the trainer's log-probs are from the sampler's (`mismatch`).
 
 The paper's objective (PPO clip, KL towards the starting policy, unit of loss one
 call) is the `paper` preset; what users of such code ask for are switches of
@@ -259,11 +260,11 @@ class Trainer:
         batches, where = make_batches(collected, config)
         batch = stack(batches)
         packed = time.perf_counter()
-        own = batch.old_logp  # the sampler's
+        drawn = batch  # with the sampler's log-probs
         if config.grpo.old_logp == "trainer":
             batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))
         if config.grpo.importance_cap:
-            ratio = np.exp(np.where(batch.sampled, batch.old_logp - own, 0))
+            ratio = np.exp(np.where(batch.sampled, batch.old_logp - drawn.old_logp, 0))
             batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
         reference = np.asarray(self.score(self.reference, batch)) if config.grpo.kl_weight else batch.old_logp
         batch = batch._replace(ref_logp=reference)
@@ -273,7 +274,7 @@ class Trainer:
             state, metrics, _ = self.train_step(state, batch)
         metrics, trainer = jax.device_get((metrics, trainer))
         tokens = max(metrics["tokens"], 1)
-        values = {**described, **mismatch(batch._replace(old_logp=own), trainer, where)}
+        values = {**described, **mismatch(drawn, trainer, where)}
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
         values |= {"kl": float(metrics["kl"] / tokens), "clip_share": float(metrics["clipped"] / tokens)}
         values |= {
