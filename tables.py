@@ -156,9 +156,11 @@ def failure_table(entries: Sequence[Entry]) -> Table:
 def cost_table(entries: Sequence[Entry]) -> Table:
     """What a problem costs, greedy: one at a time, and all side by side."""
     waits = {policy(e): cost(e, "milliseconds") for e in free(entries, 0.0, alone=True)}
+    loads = {policy(e): f"{e['throughput_ms']:.1f}" for e in free(entries, 0.0)}
+    either = {policy(e): e for alone in (True, False) for e in free(entries, 0.0, alone)}
     rows = [
-        [e["label"], e["training_seed"], *costs(e), waits.get(policy(e), ""), f"{e['throughput_ms']:.1f}"]
-        for e in free(entries, 0.0)
+        [e["label"], e["training_seed"], *costs(e), waits.get(key, ""), loads.get(key, "")]
+        for key, e in sorted(either.items(), key=lambda item: rank(item[1]["label"]))
     ]
     note = "Alone: from start to end, one problem at a time. Under load: wall clock of all / problems."
     head = "method | training seed | total tokens | sequential tokens | child threads | ms alone | ms under load"

@@ -24,8 +24,9 @@ RUNS = {
     "APR asked": "apr-asked",
     "APR asked RL": "grpo-apr-asked",
 }
-# The same of runs trained to join or to inherit in another way: in tables only, beside APR's own.
-RETRAINED = {"APR text": "apr-text", "APR inherit": "apr-inherit"}
+# The same of what is compared with one of these: joins and inheritance retrained, longer demonstrations, and APR with
+# a row for the parent and one for its children in turn.
+COMPARED = {"APR text": "apr-text", "APR inherit": "apr-inherit", "SoS+ wide": "sosp-wide", "APR in turn": "apr"}
 TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
 # Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
 BUDGETS = {
@@ -50,18 +51,19 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (trained, {"model.temperature": (1.0,), "sampler.temperature": TEMPERATURES}),
         (trained[1:], {"model.temperature": (1.0,), "sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
         (trained, {"evaluation.concurrent": (1,)}),
+        (("APR in turn",), {"evaluation.concurrent": (1,), "sampler.rows": (2,), "sampler.lanes": (1,)}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": threads}),
         (("SoS+ asked",), {"prompt.tokens": tokens}),
         (pair, {"limits.thread_tokens": cuts, "limits.answer_tokens": (96,)}),
         (pair, {"limits.extensions": (1, 2, 4)}),
         (("APR",), {"threads.join": ("text",)}),
         (("APR",), {"threads.inherit": (True,)}),
-        (tuple(RETRAINED), {}),
+        (("APR text", "APR inherit", "SoS+ wide"), {}),
     ]
 
     def workdir(label: str) -> str:
         """One's own run if it is there, else the shipped one."""
-        name = f"{(RUNS | RETRAINED)[label]}{suffix}"
+        name = f"{(RUNS | COMPARED)[label]}{suffix}"
         shipped = Path(f"pretrained/{name}").is_dir() and not Path(f"runs/{name}").is_dir()
         return f"{'pretrained' if shipped else 'runs'}/{name}"
 

@@ -457,6 +457,10 @@ def test_failure_and_cost_tables_by_hand():
     assert row["ms alone"] == "30 ± 20"  # 1.96 * sqrt(200 / 2)
     assert row["ms under load"] == "2.5" and row["sequential tokens"] == "50 ± 0"
     assert rows_of(tables.cost_table([entry()]))[0]["ms alone"] == ""
+    in_turn = entry("APR in turn", concurrent=1, results=alone["results"])  # measured alone only
+    first, second = rows_of(tables.cost_table([in_turn, entry()]))
+    assert (first["method"], first["ms alone"], first["ms under load"]) == ("APR", "", "2.5")
+    assert (second["method"], second["ms alone"], second["ms under load"]) == ("APR in turn", "30 ± 20", "")
 
 
 # ---------------------------------------------------------------- the command
