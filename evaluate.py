@@ -56,6 +56,8 @@ from workdir import UsageError, launch, load_best, read_config, usage_errors, wr
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
+
+
 def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) -> float:
     """Share of these problems that one demonstration each solves."""
     seed = experiment.config.evaluation.seed

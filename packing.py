@@ -152,9 +152,7 @@ class Packer:
         shape = (self.rows, self.length)
         own_end = np.broadcast_to(np.arange(1, self.length + 1, dtype=np.int32), shape).copy()
         zeros = [np.zeros(shape, np.float32) for _ in range(5)]
-        batch = TokenBatch(
-            np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros
-        )
+        batch = TokenBatch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros)
         where = []
         for row, start, segment in self._placed:
             span = slice(start, start + len(segment))

@@ -383,9 +383,7 @@ class Runtime:
     # -- scheduling
 
     def _begin(self, parent: _Live | None, number: int, path: tuple, prompt: list[int], allowance: int) -> _Live:
-        live = _Live(
-            Thread(path), parent, number, allowance, thread_key(self._seed, self._requests[number], path)
-        )
+        live = _Live(Thread(path), parent, number, allowance, thread_key(self._seed, self._requests[number], path))
         live.thread.calls.append(Call(0, prompt))
         heapq.heappush(self._ready, (live.priority(), live))
         return live

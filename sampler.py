@@ -94,7 +94,6 @@ class SamplerConfig:
             raise ValueError(f"sampler.top_k={self.top_k} exceeds the vocabulary of {model.vocab_size}")
 
 
-
 class Cache(typing.NamedTuple):
     """Keys and values, layer by layer; per device [R/data, K, S, H], the order in which attention reads them.
 

@@ -288,9 +288,7 @@ class Hybrid(Search):
 class Parallel(Hybrid):
     """APR: the children of a promising node become threads; they do not spawn in turn."""
 
-    def __init__(
-        self, root: Node, target: int, beam: int, rng: random.Random, probability: float, sub_beam: int
-    ):
+    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float, sub_beam: int):
         super().__init__(root, target, beam, rng, probability)
         self.sub_beam = sub_beam
 
