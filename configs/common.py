@@ -18,7 +18,7 @@ FAMILIES = {
 MODELS = {
     "smoke": dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
     "laptop": dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
-    "desktop": dict(width=192, layers=6, heads=3, kv_heads=3, head_width=64, mlp_width=512, context=1024),
+    "desktop": dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=1024),
     "gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
     "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
 }
@@ -26,7 +26,7 @@ MODELS = {
 TRAINING = {
     "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
     "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
-    "desktop": (6000, 16, 2, 2e-3, 200, 1000, 200),
+    "desktop": (10000, 4, 2, 3e-3, 200, 1000, 200),
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
     "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
 }
@@ -35,7 +35,7 @@ TRAINING = {
 SAMPLING = {
     "smoke": (16, 2, 8192),
     "laptop": (128, 2, 2048),
-    "desktop": (128, 2, 1024),
+    "desktop": (128, 2, 2048),
     "gpu": (512, 1, 512 * 2048),
     "paper": (256, 1, 256 * 4096),
 }
@@ -80,7 +80,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
                 spawn_probability=spawn_probability,  # that an expanded node is judged promising
                 condition=0.0,  # share of demonstrations that state their budget in the prompt
-                token_bin=512,  # granularity of SoS+'s token budget
+                token_bin=MODELS[preset]["context"] // 8,  # granularity of SoS+'s token budget
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
             number_limit=10 if preset in ("gpu", "paper") else 500,

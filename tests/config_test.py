@@ -99,7 +99,7 @@ def test_methods_are_compared_alike(preset):
 TABLE = {
     "smoke": (3, (1, 9), (10, 20), 10_000, 200_000, 512),
     "laptop": (3, (1, 20), (10, 50), 800_000, 1_300_000, 512),
-    "desktop": (4, (1, 12), (10, 24), 2_000_000, 9_000_000, 1024),
+    "desktop": (4, (1, 12), (10, 24), 800_000, 9_000_000, 1024),
     "gpu": (4, (1, 99), (10, 100), 10_000_000, 30_000_000, 2048),
     "paper": (4, (1, 99), (10, 100), 227_000_000, 229_000_000, 4096),
 }
@@ -132,6 +132,18 @@ def test_the_paper_preset_has_the_papers_schedule():
     paper = dict(learning_rate=5e-5, end_learning_rate=5e-7, steps=19_000, weight_decay=0.01, clip=1.0)
     assert {name: optimizer[name] for name in paper} == pytest.approx(paper)
     assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
+    assert sosp.get_config("paper").demonstrator.token_bin == 512
+
+
+@pytest.mark.parametrize("preset", ["smoke", "laptop", "desktop"])
+def test_demonstrations_state_different_token_budgets(preset):
+    """A budget that is the same for all would teach nothing."""
+    config = sosp.get_config(preset)
+    config.demonstrator.condition = 1.0
+    experiment = Experiment(config)
+    prompts = [experiment.demonstration("train", 0, index).root.calls[0].injected for index in range(40)]
+    budgets = {experiment.tokenizer.decode(prompt).split("Current State")[0] for prompt in prompts}
+    assert len(budgets) >= 4 and all(budget.startswith("Token Budget: ") for budget in budgets)
 
 
 # ------------------------------------------------------------------- one step of the large presets
