@@ -80,7 +80,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
                 spawn_probability=spawn_probability,  # that an expanded node is judged promising
                 condition=0.0,  # share of demonstrations that state their budget in the prompt
-                token_bin=MODELS[preset]["context"] // 8,  # granularity of SoS+'s token budget
+                token_bin=512,  # granularity of SoS+'s token budget; like all here, it seeds the demonstrations
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
             number_limit=10 if preset in ("gpu", "paper") else 500,

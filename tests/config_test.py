@@ -135,17 +135,6 @@ def test_the_paper_preset_has_the_papers_schedule():
     assert sosp.get_config("paper").demonstrator.token_bin == 512
 
 
-@pytest.mark.parametrize("preset", ["smoke", "laptop", "desktop"])
-def test_demonstrations_state_different_token_budgets(preset):
-    """A budget that is the same for all would teach nothing."""
-    config = sosp.get_config(preset)
-    config.demonstrator.condition = 1.0
-    experiment = Experiment(config)
-    prompts = [experiment.demonstration("train", 0, index).root.calls[0].injected for index in range(40)]
-    budgets = {experiment.tokenizer.decode(prompt).split("Current State")[0] for prompt in prompts}
-    assert len(budgets) >= 4 and all(budget.startswith("Token Budget: ") for budget in budgets)
-
-
 # ------------------------------------------------------------------- one step of the large presets
 
 
