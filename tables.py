@@ -167,7 +167,21 @@ def cost_table(entries: Sequence[Entry]) -> Table:
     return Table("Table 6. Cost per problem, greedy", note, head, rows)
 
 
-TABLES = (accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table)
+def samples_table(entries: Sequence[Entry]) -> Table:
+    """What k samples of a problem achieve together."""
+    rows = [
+        [e["label"], f"{e['temperature']:g}", k, share(e["cons"][k]), share(e["pass"][k]), f"{tokens:,.0f}"]
+        for e in entries
+        if e["samples"] > 1 and e["threads"] == THREADS
+        for k in sorted(e["pass"], key=int)
+        for tokens in [int(k) * e["total_tokens"]]
+    ]
+    note = "cons@k: the majority over solution paths is right. pass@k: at least one of k is, estimated without bias."
+    head = "method | temperature | k | cons@k | pass@k | total tokens"
+    return Table("Table 7. Several samples of each problem", note, head, rows)
+
+
+TABLES = (accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table, samples_table)
 
 
 def markdown(table: Table) -> str:

@@ -463,6 +463,15 @@ def test_failure_and_cost_tables_by_hand():
     assert (second["method"], second["ms alone"], second["ms under load"]) == ("APR in turn", "30 ± 20", "")
 
 
+def test_samples_table_by_hand():
+    """Two samples of 200 tokens cost 400 together; ten come after two."""
+    pairs = {name: {k: [float(k) / 20, 0.0, 1.0] for k in ("1", "10", "2")} for name in ("pass", "cons")}
+    several = entry("SoS+", temperature=1.0, samples=10, correct=(True,) * 40, total_tokens=200, **pairs)
+    rows = rows_of(tables.samples_table([entry(), several, {**several, "threads": {"join": "text"}}]))
+    assert [(row["k"], row["total tokens"]) for row in rows] == [("1", "200"), ("2", "400"), ("10", "2,000")]
+    assert rows[1]["cons@k"] == rows[1]["pass@k"] == "0.100 (0.000-1.000)" and rows[0]["method"] == "SoS+"
+
+
 # ---------------------------------------------------------------- the command
 
 
