@@ -26,7 +26,7 @@ MODELS = {
 TRAINING = {
     "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
     "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
-    "desktop": (10000, 4, 2, 3e-3, 200, 1000, 200),
+    "desktop": (6000, 4, 2, 1.5e-3, 100, 1500, 200),
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
     "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
 }
@@ -71,7 +71,8 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
             seed=0,
-            init="",  # run whose parameters to start from; empty: random ones
+            # Run whose parameters to start from; empty: random ones. Desktop goes on from laptop: same model, longer search.
+            init=f"pretrained/{method}" if preset == "desktop" else "",
             problems=FAMILIES[preset],
             demonstrator=dict(
                 method=method,
