@@ -212,6 +212,11 @@ def asked(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
     return sorted((e for e in whole(entries) if e["asked"][name] >= least), key=lambda e: e["asked"][name])
 
 
+def sampled(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries of several samples of each problem and unchanged threads."""
+    return [e for e in entries if e["samples"] > 1 and e["threads"] == THREADS]
+
+
 def policy(entry: Entry) -> tuple[str, str, float]:
     """What was measured, whatever was asked of it."""
     return entry["label"], entry["parameters"], entry["temperature"]
@@ -274,7 +279,7 @@ def papers(entries: Sequence[Entry], drawn: list[Line], values: Pairs) -> list[L
 def compute(entries: Sequence[Entry]) -> Chart:
     """Accuracy against total tokens: more samples, budgets asked for, one greedy rollout (paper, figure 4a)."""
     lines = []
-    for entry in (e for e in entries if e["samples"] > 1 and e["threads"] == THREADS):
+    for entry in sampled(entries):
         for name, kind in (("cons", "majority of k"), ("pass", "any of k")):
             points = [(int(k) * entry["total_tokens"], *values) for k, values in entry[name].items()]
             lines.append(Line(entry["label"], kind, sorted(points)))

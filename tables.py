@@ -23,6 +23,7 @@ from charts import (
     policy,
     rank,
     rl_pairs,
+    sampled,
     whole,
 )
 
@@ -171,8 +172,7 @@ def samples_table(entries: Sequence[Entry]) -> Table:
     """What k samples of a problem achieve together."""
     rows = [
         [e["label"], f"{e['temperature']:g}", k, share(e["cons"][k]), share(e["pass"][k]), f"{tokens:,.0f}"]
-        for e in entries
-        if e["samples"] > 1 and e["threads"] == THREADS
+        for e in sampled(entries)
         for k in sorted(e["pass"], key=int)
         for tokens in [int(k) * e["total_tokens"]]
     ]

@@ -71,7 +71,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         dict(
             name=method if preset == "laptop" else f"{method}-{preset}",
             seed=0,
-            # Run whose parameters to start from; empty: random ones. Desktop goes on from laptop: same model, longer search.
+            # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
             init=f"pretrained/{method}" if preset == "desktop" else "",
             problems=FAMILIES[preset],
             demonstrator=dict(
