@@ -18,7 +18,7 @@ from configs import apr, common, sos, sosp
 from experiment import Experiment
 from packing import TokenBatch
 from train_state import init_state, make_train_step
-from workdir import Workdir
+from workdir import Workdir, load_best, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
@@ -90,7 +90,7 @@ def test_methods_are_compared_alike(preset):
     base = leaves(apr.get_config(preset))
     for other in (sosp, sos):
         differing = {name for name, value in leaves(other.get_config(preset)).items() if value != base[name]}
-        assert all(name == "name" or name.startswith("demonstrator.") for name in differing)
+        assert all(name in ("name", "init") or name.startswith("demonstrator.") for name in differing)
 
 
 # ------------------------------------------------------------------- what DESIGN says
@@ -117,6 +117,18 @@ def test_presets_are_those_of_the_design(preset):
     )
     assert least <= experiment.parameter_count() <= most
     assert experiment.config.model.context == context
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_desktop_goes_on_from_the_shipped_laptop_run_of_its_method(name, monkeypatch):
+    """So that the methods' starts are alike too: the shipped runs are those of the laptop recipes."""
+    monkeypatch.chdir(ROOT)
+    experiment = Experiment(one_device(SUPERVISED[name], "desktop"))
+    start, laptop = read_config(experiment.config.init), SUPERVISED[name].get_config().to_dict()
+    assert {part: start[part] for part in ("demonstrator", "train", "optimizer")} == {
+        part: laptop[part] for part in ("demonstrator", "train", "optimizer")
+    }
+    load_best(experiment.config.init, experiment.param_shapes())  # raises if it does not fit
 
 
 def test_the_paper_preset_has_the_papers_parameters():
