@@ -19,12 +19,13 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 
 import measures
-from configs.sweep import RUNS
+from configs.sweep import COMPARED, RUNS
 from workdir import UsageError, usage_errors
 
 LABELS = tuple(RUNS)
-RUN_LABELS = {run: label for label, run in RUNS.items()}  # of a run's folder, without its preset
+RUN_LABELS = {run: label for label, run in (COMPARED | RUNS).items()}  # of a run's folder, without its preset
 THREADS = {"join": "path", "inherit": False}  # what is no ablation
+SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
 NEIGHBOURS = 5  # on either side in a running mean over steps
 ARROW, CURVE, TRACE, PAPER = "arrow", "curve", "trace", "the paper's"  # kinds of lines drawn in a way of their own
 ALONE: Style = {"marker": "o", "markersize": 9, "markeredgecolor": "black", "linestyle": "none", "zorder": 3}
@@ -95,6 +96,7 @@ SCHEMA: dict[str, typing.Any] = {  # what is read of an entry (`evaluate.summary
     **dict.fromkeys(("temperature", "accuracy", "total_tokens", "children", "throughput_ms"), NUMBER),
     **dict.fromkeys(("interval", "results"), list),
     **dict.fromkeys(("pass", "cons", "windows", "failures", "family", "threads"), dict),
+    **{f"sampling.{name}": NUMBER for name in SAMPLING},
     "kept": (dict, type(None)),
 }
 RESULT_SCHEMA = {
@@ -134,7 +136,9 @@ def read_entries(path: pathlib.Path) -> list[Entry]:
         raise UsageError(f"{path} must hold a list of evaluations")
     for entry in entries:
         check(entry, SCHEMA, str(path))
-        entry["label"] = label_of(entry["label"], entry["label"])
+        sampling = entry["sampling"]
+        unlike = [f"{name} {sampling[name]:g}" for name, usual in SAMPLING.items() if sampling[name] != usual]
+        entry["label"] = ", ".join([label_of(entry["label"], entry["label"]), *unlike])
         for number, result in enumerate(entry["results"]):
             check(result, RESULT_SCHEMA, f"{path}, result {number},")
         if not len(entry["results"]) == entry["n"] * entry["samples"] > 0:
@@ -143,9 +147,13 @@ def read_entries(path: pathlib.Path) -> list[Entry]:
 
 
 def read_results(folders: Sequence[str]) -> list[Entry]:
-    """All entries below the folders, every point once, sorted by label. Raises UsageError if problems differ."""
+    """All entries below the folders, every point once, sorted by label.
+
+    Raises UsageError if problems differ, or the parameters behind a label and training seed.
+    """
     found: dict[str, Entry] = {}
     first: dict[str, pathlib.Path] = {}  # set of problems -> a file of results on it
+    runs: dict[tuple[str, int], tuple[str, pathlib.Path]] = {}  # label and training seed -> parameters, and a file
     for folder in folders:
         paths = sorted(pathlib.Path(folder).rglob("eval.json"))
         if not paths:
@@ -153,7 +161,14 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
         for path in paths:
             for entry in read_entries(path):
                 first.setdefault(json.dumps([entry["problem_set"], entry["family"]], sort_keys=True), path)
-                same = ("label", "asked", "temperature", "samples", "concurrent", "threads", "parameters")
+                run = entry["label"], entry["training_seed"]
+                parameters, file = runs.setdefault(run, (entry["parameters"], path))
+                if parameters != entry["parameters"]:
+                    raise UsageError(
+                        f"{file} and {path} hold {run[0]} of training seed {run[1]} with different parameters: "
+                        "choose one of them with --results, or give a run another name"
+                    )
+                same = ("label", "training_seed", "asked", "temperature", "samples", "concurrent", "threads", "context")
                 found.setdefault(json.dumps([entry[name] for name in same], sort_keys=True), entry)
     if len(first) > 1:
         files = " and ".join(map(str, first.values()))

@@ -26,7 +26,6 @@ checkpoints or problems are never mixed. `figures.py` draws what it leaves.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -55,6 +54,10 @@ from tokenizer import Tokenizer
 from workdir import UsageError, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
+EXCLUSIVE = {  # flag -> flags that would change nothing beside it
+    "sweep": ("workdir", "problems", "numbers", "target", "record"),
+    "numbers": ("problems", "output"),
+}
 ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
 
 
@@ -81,14 +84,16 @@ def budget(config: ConfigDict) -> str:
     return ", ".join(filter(None, parts)) or "free"
 
 
-def kept(config: ConfigDict, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
+def kept(experiment: Experiment, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
     """How the rollouts kept to the budget they were given; None if they were given none."""
-    roots = [rollout.root for rollout in rollouts]
+    config, roots = experiment.config, [rollout.root for rollout in rollouts]
     if (asked := config.prompt.sub_calls) >= 0:
         return measures.adherence([len(r.threads()) - 1 for r in rollouts], asked, asked)
     if (asked := config.prompt.tokens) >= 0:
         low = asked - config.demonstrator.token_bin + 1
-        return measures.adherence([parallel_runtime.longest_context(root) for root in roots], low, asked)
+        # The line that states the budget does not count, here as in demonstrations.
+        line = len(experiment.tokenizer.encode(experiment.task.root_prefix))
+        return measures.adherence([parallel_runtime.longest_context(root) - line for root in roots], low, asked)
     if config.limits.answer_tokens:
         used = [sum(len(call.sampled) for call in root.calls) for root in roots]
         return measures.adherence(used, 0, config.limits.thread_tokens + config.limits.answer_tokens)
@@ -107,6 +112,11 @@ def problem_set(problems: Sequence[Problem]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
+def warm_up(experiment: Experiment, params: typing.Any, problems: Sequence[Problem]) -> None:
+    """Solves a sampler full of the problems, so that nothing is left to compile when the clock runs."""
+    experiment.solve(params, problems[: experiment.config.sampler.rows], 1, experiment.config.evaluation.concurrent)
+
+
 def measure(
     experiment: Experiment, params: typing.Any, problems: Sequence[Problem], label: str, step: int
 ) -> tuple[dict[str, typing.Any], list[Rollout]]:
@@ -115,7 +125,6 @@ def measure(
     Raises Interrupted, with what is done, on Ctrl-C: `summary_of` summarizes that.
     """
     config = experiment.config.evaluation
-    experiment.solve(params, problems[: experiment.config.sampler.rows], 1, config.concurrent)  # compiles; not timed
     started = time.monotonic()
     rollouts = experiment.solve(params, problems, config.samples, config.concurrent)
     seconds = time.monotonic() - started
@@ -142,10 +151,11 @@ def summary_of(
         "asked": {**config.prompt, **config.limits},
         "threads": dict(config.threads),
         "temperature": config.sampler.temperature * config.model.temperature,
+        "sampling": {"top_k": config.sampler.top_k, "top_p": config.sampler.top_p},
         "context": config.model.context,
         "concurrent": config.evaluation.concurrent,
         **measures.summarize(rollouts, samples, seconds),
-        "kept": kept(config, rollouts),
+        "kept": kept(experiment, rollouts),
         "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
         "windows": measures.windows(rollouts, config.model.context, samples),
         "demonstrator": demonstrators_accuracy(experiment, problems),
@@ -171,6 +181,14 @@ def summary_of(
     }
 
 
+def complete(rollouts: Sequence[Rollout], samples: int) -> list[Rollout]:
+    """Those of the problems all of whose samples are there, one problem after another."""
+    groups: dict[Problem, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.problem, []).append(rollout)
+    return [rollout for group in groups.values() for rollout in group[: len(group) // samples * samples]]
+
+
 def headline(summary: dict[str, typing.Any]) -> dict[str, typing.Any]:
     """The summary without every rollout's result."""
     return {name: value for name, value in summary.items() if name != "results"}
@@ -181,20 +199,22 @@ def report(
 ) -> dict:
     """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line.
 
-    Ctrl-C ends it early: the same of the rollouts that are done, written to interrupted.json.
+    Ctrl-C ends it early: the same of the problems that are done, written to interrupted.json.
     """
     with usage_errors():
         output.mkdir(parents=True, exist_ok=True)
         (output / "eval.json").touch()
+    warm_up(experiment, params, problems)
     label, name, started = experiment.config.name, "eval.json", time.monotonic()
     try:
         summary, rollouts = measure(experiment, params, problems, label, step)
     except Interrupted as interrupt:
-        rollouts, name = interrupt.rollouts, "interrupted.json"
+        samples, name = experiment.config.evaluation.samples, "interrupted.json"
+        rollouts = complete(interrupt.rollouts, samples)
         if not rollouts:
             raise
         print(f"interrupted: {len(rollouts)} rollouts are done, the quick ones", file=sys.stderr)
-        summary = summary_of(experiment, params, rollouts, 1, time.monotonic() - started, label, step)
+        summary = summary_of(experiment, params, rollouts, samples, time.monotonic() - started, label, step)
     print(table(summary))
     if (solved := next((rollout for rollout in rollouts if rollout.grade.correct and rollout.root.spawns), None)) or (
         solved := next((rollout for rollout in rollouts if rollout.grade.correct), None)
@@ -312,19 +332,19 @@ def heldout(experiment: Experiment, params: typing.Any) -> dict[str, float]:
 # ------------------------------------------------------------------- sweeps
 
 
-@dataclasses.dataclass
-class Point:
+class Point(typing.NamedTuple):
     """One evaluation of a sweep: a run under a label, with some fields of its config changed."""
 
     label: str
     workdir: pathlib.Path
-    experiment: Experiment
+    config: ConfigDict
 
 
-def points(entries: Sequence[dict[str, typing.Any]]) -> list[Point]:
+def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.Any]) -> list[Point]:
     """Every point of a sweep, checked before any is measured; entries whose run is not there are left out aloud.
 
-    Raises UsageError naming the entry that is wrong, or if there is no run at all.
+    `changes` are fields of the config to set in all of them. Points of a run stand together. Raises UsageError naming
+    the entry that is wrong, or if there is no run at all.
     """
     found = []
     for number, entry in enumerate(entries):
@@ -337,26 +357,32 @@ def points(entries: Sequence[dict[str, typing.Any]]) -> list[Point]:
         for values in itertools.product(*entry["grid"].values()):
             config = ConfigDict(stored)
             try:
-                config.update_from_flattened_dict(dict(zip(entry["grid"], values, strict=True)))
-                found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), Experiment(config)))
+                config.update_from_flattened_dict({**changes, **dict(zip(entry["grid"], values, strict=True))})
+                Experiment(config)  # raises where the values cannot work
+                found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), config))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
     if not found:
         raise UsageError("the sweep has no entry whose run is there: train one, or name its workdir")
-    return found
+    return sorted(found, key=lambda point: point.workdir)
 
 
 def sweep(plan: Sequence[Point], output: pathlib.Path) -> None:
     """Measures the points that `output` does not hold yet, a folder with an eval.json each; prints a line of each."""
+    loaded = None
     for number, point in enumerate(plan, 1):
-        params, result = load_best(point.workdir, point.experiment.param_shapes())
-        problems = point.experiment.test_set()
-        key = f"{fingerprint(params)} {problem_set(problems)} {point.experiment.config.to_json(sort_keys=True)}"
+        experiment = Experiment(point.config)  # of one point at a time: its samplers hold much memory
+        if loaded != point.workdir:
+            params, result = load_best(point.workdir, experiment.param_shapes())
+            parameters, loaded = fingerprint(params), point.workdir
+        problems = experiment.test_set()
+        key = f"{parameters} {problem_set(problems)} {point.config.to_json(sort_keys=True)}"
         folder = output / f"{point.label}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}".replace(" ", "-")
         if (folder / "eval.json").exists():
             (summary,) = json.loads((folder / "eval.json").read_text())
         else:
-            summary, _ = measure(point.experiment, params, problems, point.label, result["step"])
+            warm_up(experiment, params, problems)
+            summary, _ = measure(experiment, params, problems, point.label, result["step"])
             with usage_errors():
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "eval.json", [summary])
@@ -380,7 +406,7 @@ def line(summary: dict[str, typing.Any]) -> str:
 
 def stored_config(argv: Sequence[str]) -> ConfigDict:
     """The config of the run named by --workdir on the command line, else of the shipped checkpoint."""
-    named = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--workdir=", "-workdir="))]
+    named = re.findall(r"^--?workdir[=\n](.*)", "\n".join(argv), re.MULTILINE)  # absl takes --workdir=X and --workdir X
     return ConfigDict(read_config(named[-1] if named else PRETRAINED))
 
 
@@ -401,8 +427,13 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Evaluates as the flags say."""
     args = flags.FLAGS
+    for flag, others in EXCLUSIVE.items():
+        clash = [other for other in others if getattr(args, flag) and getattr(args, other) is not None]
+        if clash:
+            raise UsageError(f"--{flag} does not go with --{clash[0]}: leave one of them out")
     if args.sweep:
-        return sweep(points(args.sweep.entries), pathlib.Path(args.output or f"runs/{args.sweep.name}"))
+        plan = points(args.sweep.entries, config_flags.get_override_values(args["config"]))
+        return sweep(plan, pathlib.Path(args.output or f"runs/{args.sweep.name}"))
     source = pathlib.Path(args.workdir or PRETRAINED)
     with usage_errors():
         experiment = Experiment(args.config)
@@ -415,7 +446,7 @@ def main(_: list[str]) -> None:
             raise UsageError("--record goes with --numbers and --target: it keeps one problem")
         if one:
             entry = {"numbers": [int(number) for number in args.numbers], "target": args.target}
-            problems = [_problem(entry, "the problem")]
+            problems: Sequence[Problem] = [_problem(entry, "the problem")]
         else:
             problems = read_problems(args.problems) if args.problems else experiment.test_set()
     params, result = load_best(source, experiment.param_shapes())

@@ -117,15 +117,15 @@ class Experiment:
         """Demonstration number `index` of a run."""
         return solver.demonstration(self.family, self.demonstrator, self.variant, split, seed, index)
 
-    def test_set(self) -> list[Problem]:
+    def test_set(self) -> tuple[Problem, ...]:
         """Held-out problems of the final evaluation. They choose nothing: see `validation_set`."""
         return self._held_out()[: self.config.evaluation.problems]
 
-    def validation_set(self) -> list[Problem]:
+    def validation_set(self) -> tuple[Problem, ...]:
         """Held-out problems that choose the best checkpoint; disjoint from the test set."""
         return self._held_out()[self.config.evaluation.problems :]
 
-    def _held_out(self) -> list[Problem]:
+    def _held_out(self) -> tuple[Problem, ...]:
         count = self.config.evaluation.problems + self.config.train.eval_problems
         return solver.held_out_set(self.family, self.config.evaluation.seed, count)
 

@@ -38,22 +38,24 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _normal(values: Sequence[float]) -> Estimate:
+def normal(values: Sequence[float]) -> Estimate:
+    """Mean of one value per problem, with the normal interval."""
     n, value = len(values), sum(values) / len(values)
     half = Z * math.sqrt(sum((v - value) ** 2 for v in values) / max(1, n - 1) / n)
     return value, value - half, value + half
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Mean of one value per problem; Wilson's interval where every value is 0 or 1, else the normal one."""
+    """Mean of one share per problem; Wilson's interval where every value is 0 or 1, else the normal one."""
     if all(value in (0, 1) for value in values):
         return sum(values) / len(values), *wilson(round(sum(values)), len(values))
-    return _normal(values)
+    value, low, high = normal(values)
+    return value, max(0.0, low), min(1.0, high)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """By how much `second` is above `first` on the same problems, in order."""
-    return _normal([b - a for a, b in zip(first, second, strict=True)])
+    return normal([b - a for a, b in zip(first, second, strict=True)])
 
 
 def grouped(items: Sequence[T], samples: int) -> list[Sequence[T]]:

@@ -53,20 +53,24 @@ METHODS = ("sos", "sosp", "apr")
 JOINS = ("path", "text")
 LISTED = 3000  # families with at most this many sets of numbers are listed whole
 LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
+MOST = 6  # numbers of a problem: exact search over more takes too long
 
 # ---------------------------------------------------------------- problems
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Reach `target` with every one of `numbers` exactly once; ValueError unless all are positive integers."""
+    """Reach `target` with every one of `numbers` exactly once; ValueError unless all are positive integers.
+
+    ValueError too if there are so many numbers that exact search, by which all is judged, would take too long.
+    """
 
     numbers: tuple[int, ...]
     target: int
 
     def __post_init__(self) -> None:
-        if len(self.numbers) < 2:
-            raise ValueError(f"a problem needs at least two numbers, not {list(self.numbers)}")
+        if not 2 <= len(self.numbers) <= MOST:
+            raise ValueError(f"a problem needs from 2 to {MOST} numbers, not {len(self.numbers)}")
         for value in (*self.numbers, self.target):
             if type(value) is not int or not 1 <= value <= LARGEST:
                 raise ValueError(f"numbers and target must be integers from 1 to {LARGEST}, not {value!r}")
@@ -83,8 +87,8 @@ class ProblemRange:
     target_high: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.count <= 6:
-            raise ValueError(f"count of numbers must be from 2 to 6, not {self.count}")
+        if not 2 <= self.count <= MOST:
+            raise ValueError(f"count of numbers must be from 2 to {MOST}, not {self.count}")
         for name, low, high in (
             ("numbers", self.low, self.high),
             ("targets", self.target_low, self.target_high),
@@ -134,7 +138,8 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
     return Problem(tuple(rng.sample(drawn.numbers, family.count)), drawn.target)
 
 
-def held_out_set(family: ProblemRange, seed: int, n: int) -> list[Problem]:
+@functools.lru_cache(maxsize=8)
+def held_out_set(family: ProblemRange, seed: int, n: int) -> tuple[Problem, ...]:
     """`n` held-out problems, distinct as sorted numbers and target; ValueError saying how many exist if fewer."""
     listing = _listing(family, "heldout")
     found: dict[str, Problem] = {}
@@ -142,7 +147,7 @@ def held_out_set(family: ProblemRange, seed: int, n: int) -> list[Problem]:
         drawn = problem(family, "heldout", seed, index)
         found.setdefault(f"{sorted(drawn.numbers)} {drawn.target}", drawn)
         if len(found) == n:
-            return list(found.values())
+            return tuple(found.values())
     count = len(found) if listing is None else len(listing)
     raise ValueError(f"{family} has only {count} held-out problems, {n} were asked for: widen its ranges")
 

@@ -50,7 +50,7 @@ def accuracy(entry: Entry) -> str:
 
 def cost(entry: Entry, name: str, digits: int = 0) -> str:
     """Mean of a cost over problems, with half its interval."""
-    value, low, high = measures.mean(by_problem(entry, name))
+    value, low, high = measures.normal(by_problem(entry, name))
     return f"{value:,.{digits}f} ± {(high - low) / 2:,.{digits}f}"
 
 

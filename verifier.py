@@ -7,7 +7,7 @@ The grader (`solver.grade_steps`) says that an answer is wrong; this says why th
      fault is reported where it is made and not again in what follows from it.
   2. A fault is *fatal* if it cost a state from which the target could still be reached, by exact search: a wrong
      step on a hopeless branch changes nothing.
-  3. `explain` names the fatal fault that a failed rollout failed by; `shares` counts over many rollouts.
+  3. `explain` names the fatal fault that a failed rollout failed by.
 
 Model output is data: parsed by the one strict grammar (`tokenizer.parse`), never evaluated. Lines that the runtime
 gave are believed; the thread that wrote them has answered for them.
@@ -104,13 +104,6 @@ def explain(rollout: Rollout, tokenizer: Tokenizer) -> Fault | None:
     return first
 
 
-def shares(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> dict[str, tuple[float, float]]:
-    """Kind -> (share of the failed rollouts that failed by it, share of all rollouts in which it occurs)."""
-    causes = Counter(fault.kind for rollout in rollouts if (fault := explain(rollout, tokenizer)))
-    occur = Counter(kind for rollout in rollouts for kind in {fault.kind for fault in verify(rollout, tokenizer)})
-    return {kind: (causes[kind] / max(1, causes.total()), n / len(rollouts)) for kind, n in occur.most_common()}
-
-
 def _operands(operation: str) -> tuple[int, str, int, int]:
     a, sign, b, _, result = re.split("([-+*/=])", operation)
     return int(a), sign, int(b), int(result)
@@ -161,13 +154,14 @@ class _Reader:
             for line, text in enumerate(lines, 1):
                 self.call, self.line, self.given = number, line, line <= given.count("\n")
                 self._read_line(text)
+            if call.stop in parallel_runtime.TRUNCATED:  # at a bound of its own a root may yet be made to answer
+                self.given = False
+                self.fault(TRUNCATED, f"stopped by {call.stop}", self._hopeful(self.start))
             if call.stop == parallel_runtime.SPAWN:
                 self._read_children(next(spawns, []))
         self.given = False
         if self.thread.stop == parallel_runtime.MALFORMED:
             self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
-        elif self.thread.stop in parallel_runtime.TRUNCATED:
-            self.fault(TRUNCATED, f"stopped by {self.thread.stop}", self._hopeful(self.start))
         if self.reached if correct is None else correct:
             self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]
         for fault, node, numbers in self.wasted:
@@ -220,7 +214,8 @@ class _Reader:
             self.node = next((node for node, states in self.known.items() if state in states), self.node)
         self.known[self.node].append(state)
         self.numbers, self.operations, self.explored = *state, None
-        self.start = self.start or self.numbers
+        if self.given and not self.call:  # its own state comes last, after what it inherits
+            self.start, self.visited = self.numbers, {}
         self.visited.setdefault(self.numbers, (self.call, self.line))
 
     def _read_explore(self, line: Line) -> None:

@@ -18,7 +18,9 @@ from experiment import Experiment
 from parallel_runtime import Fill, Rollout, Runtime, Stopped
 from solver import Problem
 from tests.measures_test import rollout_of
-from workdir import UsageError
+from workdir import UsageError, read_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 SMALL = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.bucket=512")  # few compilations
 
@@ -152,6 +154,14 @@ def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == entry
     assert "One solved problem, thread by thread" in out and "[child 0.0, call 0]" in out
+
+
+def test_interrupted_problems_count_if_all_their_samples_are_done(scripted):
+    first, second, third = scripted.recorded[:3]
+    done = [first, second, second, third, first, second]
+    assert evaluate.complete(done, 2) == [first, first, second, second]
+    assert evaluate.complete(done, 1) == [first, first, second, second, second, third]
+    assert evaluate.complete(done[:1], 2) == []
 
 
 def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(scripted, tmp_path, capsys, monkeypatch):
@@ -348,6 +358,10 @@ BAD_COMMANDS = {
     "context": (["--config.model.context=8"], "context"),
     "file": (["--problems=nothing.json"], "nothing.json"),
     "record": (["--record=trace.json"], "--record goes with --numbers"),
+    "too many": (["--numbers=1,2,3,4,5,6,7", "--target=3"], "from 2 to 6 numbers"),
+    "two kinds": (["--numbers=1,2", "--target=3", "--problems=x.json"], "--numbers does not go with --problems"),
+    "no output": (["--numbers=1,2", "--target=3", "--output=x"], "--numbers does not go with --output"),
+    "sweep": ([f"--sweep={ROOT}/configs/sweep.py"], "--sweep does not go with --workdir"),
 }
 
 
@@ -359,6 +373,14 @@ def test_a_bad_command_is_one_sentence(smoke_run, command: Callable, arguments, 
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
     assert words in ended.err
     assert {path: path.stat().st_mtime_ns for path in smoke_run.path.rglob("*")} == before
+
+
+def test_the_config_is_that_of_the_workdir_however_it_is_written(smoke_run):
+    """absl reads the next argument as the value where there is no "="."""
+    for arguments in ([f"--workdir={smoke_run.path}"], ["--workdir", str(smoke_run.path)], ["-workdir", smoke_run.path]):
+        config = evaluate.stored_config(["evaluate.py", *map(str, arguments), "--problems=x.json"])
+        assert config.to_dict() == read_config(smoke_run.path)
+    assert evaluate.stored_config(["evaluate.py", "--problems=--workdir=x"]).name == "apr"
 
 
 def test_a_workdir_without_a_run_says_how_to_get_one(command: Callable, tmp_path):
@@ -399,7 +421,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
 
 def test_what_a_config_asks_for_is_named():
     config = one_device("laptop")
-    assert evaluate.budget(config) == "free" and evaluate.kept(config, []) is None
+    assert evaluate.budget(config) == "free" and evaluate.kept(Experiment(config), []) is None
     config.limits.update(thread_tokens=128, answer_tokens=32, extensions=2)
     config.prompt.sub_calls = 3
     assert evaluate.budget(config) == "3 threads asked, answer after 128 tokens, sent on 2 times"
@@ -411,15 +433,15 @@ def test_budgets_kept_are_counted_by_hand():
     alone = rollout_of(True, [100], [], parallel_runtime.END, 0.0)
     for field, value, used, within in (
         ("prompt.sub_calls", 2, 1, 0.5),
-        ("prompt.tokens", 110, 85, 0.5),  # 110 itself, in a bin of 50
-        ("prompt.tokens", 160, 85, 0.0),
+        ("prompt.tokens", 107, 82, 0.5),  # 107 itself, in a bin of 50: the line that asks has three ids
+        ("prompt.tokens", 157, 82, 0.0),
         ("limits.answer_tokens", 1, 63.5, 0.5),
     ):
         config = one_device("laptop")
         config.limits.thread_tokens = 50
         config.demonstrator.token_bin = 50
         config.update_from_flattened_dict({field: value})
-        kept = evaluate.kept(config, [rollout, alone])
+        kept = evaluate.kept(Experiment(config), [rollout, alone])
         assert kept and (kept["used"], kept["within"]) == (used, within), field
 
 
@@ -493,8 +515,10 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
     assert command(evaluate, plan, output).status == 0
     monkeypatch.setattr(evaluate, "measure", measure)
     other = sweep_file(tmp_path / "b", smoke_run.path, {"sampler.temperature": (0.0,), "evaluation.seed": (1,)})
-    assert command(evaluate, other, output).status == 0
-    assert len(list(tmp_path.glob("out/*/eval.json"))) == 4  # other problems are another point
+    assert command(evaluate, other, output, "--config.limits.depth=0").status == 0
+    summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
+    assert len(summaries) == 4  # other problems are another point
+    assert sorted((s["seed"], s["asked"]["depth"]) for s in summaries) == [(0, 1)] * 3 + [(1, 0)]  # a field of them all
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
         "asked": ASKED | (asked or {}),
         "threads": charts.THREADS | (threads or {}),
         "temperature": 0.0,
+        "sampling": dict(charts.SAMPLING),
         "context": 512,
         "concurrent": 0,
         "n": len(results) // samples,
@@ -140,9 +141,19 @@ def test_a_point_that_is_found_twice_counts_once(tmp_path):
     write(tmp_path / "b", entry(accuracy=0.25))
     assert [e["accuracy"] for e in charts.read_results([str(tmp_path)])] == [0.5]
     assert len(charts.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
-    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"parameters": "others"}, {"asked": {"answer_tokens": 64}}, {"label": "SoS"}]
-    write(tmp_path / "c", *(entry(**other) for other in others), entry(threads={"join": "text"}))
-    assert len(charts.read_results([str(tmp_path)])) == 8
+    seed = {"training_seed": 1, "parameters": "others"}
+    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"context": 256}, {"label": "SoS"}, seed]
+    changed = [entry(threads={"join": "text"}), entry(asked={"answer_tokens": 64}), entry(sampling={"top_k": 0, "top_p": 0.9})]
+    write(tmp_path / "c", *(entry(**other) for other in others), *changed)
+    found = charts.read_results([str(tmp_path)])
+    assert len(found) == 10 and {e["label"] for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
+
+
+def test_checkpoints_of_one_label_are_never_mixed(tmp_path):
+    write(tmp_path / "a", entry())
+    write(tmp_path / "b", entry(temperature=1.0, parameters="others"))
+    with pytest.raises(UsageError, match="a/eval.json and .*b/eval.json hold APR of training seed 0 with different"):
+        charts.read_results([str(tmp_path)])
 
 
 def test_an_evaluation_under_way_is_left_out_aloud(tmp_path, capsys):

@@ -101,16 +101,23 @@ def test_cons_at_k_is_the_majority_of_each_group():
 
 
 def test_a_summary_of_samples_counts_problems_not_samples():
-    rollouts = answered("right", "right") + answered("", "right") + answered("wrong", "")
-    summary = measures.summarize(rollouts, 2, seconds=0.6)
-    assert (summary["n"], summary["samples"], summary["correct"]) == (3, 2, 3)
+    rollouts = (answered("right", "right") + answered("", "right") + answered("wrong", "")) * 3
+    summary = measures.summarize(rollouts, 2, seconds=1.8)
+    assert (summary["n"], summary["samples"], summary["correct"]) == (9, 2, 9)
     assert summary["accuracy"] == pytest.approx(0.5)
-    half = 1.959964 * 0.5 / math.sqrt(3)  # shares 1, 1/2, 0: standard deviation 1/2
+    half = 1.959964 * math.sqrt(6 * 0.5**2 / 8) / math.sqrt(9)  # shares 1, 1/2, 0, three times
     assert summary["interval"] == pytest.approx((0.5 - half, 0.5 + half))
     assert summary["throughput_ms"] == pytest.approx(100)
     assert {k: v[0] for k, v in summary["pass"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
     assert {k: v[0] for k, v in summary["cons"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
-    assert summary["pass"]["2"] == measures.mean([1.0, 1.0, 0.0]) == (2 / 3, *measures.wilson(2, 3))
+    assert summary["pass"]["2"] == measures.mean([1.0, 1.0, 0.0] * 3) == (2 / 3, *measures.wilson(6, 9))
+
+
+def test_the_interval_of_shares_stays_among_shares_and_that_of_costs_is_no_share():
+    assert measures.mean([1.0] * 15 + [0.875])[2] == 1.0 and measures.mean([0.0] * 15 + [0.125])[1] == 0.0
+    assert measures.normal([1.0] * 16) == (1.0, 1.0, 1.0)
+    half = 1.959964 * math.sqrt(2 / 1) / math.sqrt(2)  # 3 and 5: deviations of 1 from 4
+    assert measures.normal([3, 5]) == pytest.approx((4.0, 4 - half, 4 + half))
 
 
 @pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (8, [1, 2, 4, 8])])

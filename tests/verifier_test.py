@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import verifier
-from parallel_runtime import CONTEXT, MALFORMED, SPAWN, STOPS, TRUNCATED, Call, Grade, Rollout, Thread
+from parallel_runtime import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
 from search import Trace, spawn_block
 from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, demonstration, grade_steps, record
-from tokenizer import GOAL, Tokenizer
+from tokenizer import END, GOAL, Tokenizer
 
 TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr")
@@ -52,10 +52,10 @@ FAILED = {**SOLVED, ((0, 1), 0): MISSED + NOTHING, ((), 1): NOTHING}
 RETURNED = {**FAILED, ((), 1): CHILDREN[0] + CHILDREN[1] + NOTHING}  # the parent looks at both once more
 
 
-def rollout_of(texts, problem=PROBLEM):
+def rollout_of(texts, problem=PROBLEM, task=TASK):
     """The record of a demonstration with these texts; the join is what the children's texts come to."""
     children = [Trace(prompt, [texts[(0, i), 0]], []) for i, prompt in enumerate(CHILDREN)]
-    return record(problem, Trace(ROOT, [texts[(), 0], texts[(), 1]], [children]), TASK)
+    return record(problem, Trace(ROOT, [texts[(), 0], texts[(), 1]], [children]), task)
 
 
 def inject(texts, thread, call, old, new):
@@ -137,9 +137,13 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
     assert defects == 5
 
 
-def test_the_demonstrations_of_this_file_are_right():
-    assert rollout_of(SOLVED).grade.correct and verifier.verify(rollout_of(SOLVED), TOKENIZER) == []
-    (fault,) = verifier.verify(rollout_of(FAILED), TOKENIZER)
+@pytest.mark.parametrize("inherit", [False, True])
+def test_the_demonstrations_of_this_file_are_right(inherit):
+    """Children that inherit do not visit what they were shown."""
+    task = Countdown(TOKENIZER, "apr", inherit=inherit)
+    solved, failed = rollout_of(SOLVED, task=task), rollout_of(FAILED, task=task)
+    assert solved.grade.correct and verifier.verify(solved, TOKENIZER) == []
+    (fault,) = verifier.verify(failed, TOKENIZER)
     assert (fault.kind, fault.thread, fault.call, fault.line) == (verifier.EXHAUSTED, (), 1, 5)
 
 
@@ -262,12 +266,26 @@ def test_a_thread_that_a_bound_cut_names_the_bound(stop):
     assert fault.message == f"stopped by {stop}" and explained(rollout) == fault
 
 
-def test_a_bound_on_a_hopeless_branch_did_not_cost_the_answer():
+@pytest.mark.parametrize("inherit", [False, True])
+def test_a_bound_on_a_hopeless_branch_did_not_cost_the_answer(inherit):
     for thread, reason in (((0, 0), verifier.EXHAUSTED), ((0, 1), verifier.TRUNCATED)):
-        rollout = cut(rollout_of(FAILED), thread, CONTEXT, 3)
+        rollout = cut(rollout_of(FAILED, task=Countdown(TOKENIZER, "apr", inherit=inherit)), thread, CONTEXT, 3)
         assert kind_of(rollout) == reason
         fault = faults_of(rollout)[0]
-        assert (fault.kind, fault.thread, fault.call, fault.line) == (verifier.TRUNCATED, thread, 0, 2)
+        given = TOKENIZER.decode(call_of(rollout, thread, 0).injected).count("\n")
+        assert (fault.kind, fault.thread, fault.call, fault.line) == (verifier.TRUNCATED, thread, 0, given)
+
+
+def test_a_root_that_was_cut_and_made_to_answer_failed_by_the_cut():
+    """Not by what it was made to write; an answer that is right all the same has no such fault to explain."""
+    for answer, reason in ((HOPELESS, verifier.TRUNCATED), (f"{ROOT}{SECOND}{CHILDREN[1]}{LAST}", "")):
+        ids, sampled = TOKENIZER.encode(ROOT), TOKENIZER.encode(FIRST)
+        claim = Call(len(ids) + len(sampled), TOKENIZER.encode(f"21,21{GOAL}"), [*TOKENIZER.encode(answer), END], [])
+        root = Thread((), [Call(0, ids, sampled, [], THREAD_TOKENS), claim])
+        rollout = Rollout(PROBLEM, root, TASK.grade(PROBLEM, root))
+        assert kind_of(rollout) == reason
+        first = verifier.verify(rollout, TOKENIZER)[0]
+        assert (first.kind, first.call, first.message) == (verifier.TRUNCATED, 0, "stopped by thread_tokens")
 
 
 def test_a_thread_is_judged_by_the_state_it_was_given_not_by_its_last():
@@ -357,21 +375,6 @@ def test_a_solution_is_lost_where_it_was_dropped_not_below():
     middle.calls[1] = NOTHING
     lost = record(problem, Trace(root, [calls[0], NOTHING], [[middle]]), TASK)
     assert [(fault.kind, fault.thread) for fault in verifier.verify(lost, TOKENIZER)] == [(verifier.LOST_AT_JOIN, (0, 0))]
-
-
-def test_shares_by_hand():
-    """Four rollouts: right, right with a duplicate, nothing found, and one that lost its solution to a wrong step."""
-    again = FIRST.replace("#0,0", "#0,2") + FIRST.replace("#0,0", "#0,3")
-    duplicate = inject(SOLVED, (), 0, SECOND, again + SECOND)
-    wrong = inject(FAILED, (), 0, SECOND, LISTED.format("12/4=2", "[18, 2]"))
-    rollouts = [rollout_of(texts) for texts in (SOLVED, duplicate, FAILED, wrong)]
-    assert [rollout.grade.correct for rollout in rollouts] == [True, True, False, False]
-    assert verifier.shares(rollouts, TOKENIZER) == {
-        verifier.DUPLICATE: (0, 0.25),
-        verifier.EXHAUSTED: (0.5, 0.25),
-        verifier.WRONG_ARITHMETIC: (0.5, 0.25),
-    }
-    assert verifier.shares(rollouts[:1], TOKENIZER) == verifier.shares([], TOKENIZER) == {}
 
 
 # ------------------------------------------------------------------- whatever a model writes
