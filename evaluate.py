@@ -10,6 +10,7 @@
         --config.evaluation.concurrent=1                  # ... one at a time: latency
         --config.limits.extensions=2                      # ... budget forcing
     python evaluate.py --sweep=configs/sweep.py           # many runs x budgets x temperatures, resumable
+        --config.evaluation.problems=100                  # ... any field, of all of them
 
   1. Read the run's config and its best parameters.
   2. Run every problem through `parallel_runtime` on one `sampler.Sampler`.
@@ -317,6 +318,7 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> R
     verdict = "right" if rollout.grade.correct else f"wrong: {rollout.grade.reason}"
     print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")
     costs = parallel_runtime.metrics(rollout)
+    del costs["milliseconds"]  # most of them went into compiling
     print(json.dumps({"correct": rollout.grade.correct, "answer": list(rollout.grade.answer), **costs}))
     return rollout
 
