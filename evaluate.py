@@ -345,7 +345,8 @@ class Point(typing.NamedTuple):
 def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.Any]) -> list[Point]:
     """Every point of a sweep, checked before any is measured; entries whose run is not there are left out aloud.
 
-    `changes` are fields of the config to set in all of them. Points of a run stand together. Raises UsageError naming
+    `changes` are fields of the config to set in all of them, unless their grid does. Points of a run stand together.
+    Raises UsageError naming
     the entry that is wrong, or if there is no run at all.
     """
     found = []
