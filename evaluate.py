@@ -346,8 +346,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
     """Every point of a sweep, checked before any is measured; entries whose run is not there are left out aloud.
 
     `changes` are fields of the config to set in all of them, unless their grid does. Points of a run stand together.
-    Raises UsageError naming
-    the entry that is wrong, or if there is no run at all.
+    Raises UsageError naming the entry that is wrong, or if there is no run at all.
     """
     found = []
     for number, entry in enumerate(entries):
