@@ -23,7 +23,8 @@ from configs.sweep import COMPARED, RUNS
 from workdir import UsageError, usage_errors
 
 LABELS = tuple(RUNS)
-RUN_LABELS = {run: label for label, run in (COMPARED | RUNS).items()}  # of a run's folder, without its preset
+# Of a run's folder, without its preset. RUNS come last, so that "apr" is "APR", not "APR in turn".
+RUN_LABELS = {run: label for label, run in (COMPARED | RUNS).items()}
 THREADS = {"join": "path", "inherit": False}  # what is no ablation
 SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
 NEIGHBOURS = 5  # on either side in a running mean over steps

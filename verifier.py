@@ -154,14 +154,13 @@ class _Reader:
             for line, text in enumerate(lines, 1):
                 self.call, self.line, self.given = number, line, line <= given.count("\n")
                 self._read_line(text)
-            if call.stop in parallel_runtime.TRUNCATED:  # at a bound of its own a root may yet be made to answer
-                self.given = False
-                self.fault(TRUNCATED, f"stopped by {call.stop}", self._hopeful(self.start))
+            self.given = False
             if call.stop == parallel_runtime.SPAWN:
                 self._read_children(next(spawns, []))
-        self.given = False
-        if self.thread.stop == parallel_runtime.MALFORMED:
-            self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
+            elif call.stop == parallel_runtime.MALFORMED:
+                self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
+            elif call.stop in parallel_runtime.TRUNCATED:  # a root may yet be made to answer
+                self.fault(TRUNCATED, f"stopped by {call.stop}", self._hopeful(self.start))
         if self.reached if correct is None else correct:
             self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]
         for fault, node, numbers in self.wasted:
