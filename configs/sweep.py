@@ -10,6 +10,7 @@ point. Entries whose run has not been trained are left out. A sweep of one's own
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -27,14 +28,25 @@ RUNS = {
 # The same of what is compared with one of these: joins and inheritance retrained, longer demonstrations, and APR with
 # a row for the parent and one for its children in turn.
 COMPARED = {"APR text": "apr-text", "APR inherit": "apr-inherit", "SoS+ wide": "sosp-wide", "APR in turn": "apr"}
-TEMPERATURES = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
-# Threads and tokens to ask the conditioned models for, tokens after which an answer is forced.
+
+
+class Budgets(NamedTuple):
+    """What the methods of one preset are given."""
+
+    threads: tuple[int, ...]  # to ask APR for
+    tokens: tuple[int, ...]  # to ask SoS+ for
+    cuts: tuple[int, ...]  # tokens after which an answer is forced
+    extensions: tuple[int, ...] = (1, 2, 4)  # times that a search that ends is sent on
+    temperatures: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
+
+
 BUDGETS = {
-    "smoke": ((0, 2), (512,), (64,)),
-    "laptop": ((0, 2, 3, 4, 5), (192, 256, 320, 384, 512), (128, 192, 256, 320, 384)),
-    "desktop": ((0, 2, 3, 4, 5), (256, 384, 512, 768, 1024), (256, 384, 512, 640, 768)),
-    "gpu": ((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
-    "paper": ((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
+    "smoke": Budgets((0, 2), (512,), (64,)),
+    "laptop": Budgets((0, 2, 3, 4, 5), (192, 256, 320, 384, 512), (128, 192, 256, 320, 384)),
+    # Greedy only, but for the eight samples: a rollout takes seven times the tokens of laptop's.
+    "desktop": Budgets((0, 2, 3, 4, 5), (256, 512, 768, 1024), (384, 512, 640, 768), (1,), (0.0,)),
+    "gpu": Budgets((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
+    "paper": Budgets((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
 }
 
 
@@ -42,20 +54,20 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     """The sweep of one preset. Raises ValueError on an unknown one."""
     if preset not in BUDGETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(BUDGETS)}")
-    threads, tokens, cuts = BUDGETS[preset]
+    budgets = BUDGETS[preset]
     suffix = "" if preset == "laptop" else f"-{preset}"
 
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
         # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
-        (trained, {"model.temperature": (1.0,), "sampler.temperature": TEMPERATURES}),
+        (trained, {"model.temperature": (1.0,), "sampler.temperature": budgets.temperatures}),
         (trained[1:], {"model.temperature": (1.0,), "sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
         (trained, {"evaluation.concurrent": (1,)}),
         (("APR in turn",), {"evaluation.concurrent": (1,), "sampler.rows": (2,), "sampler.lanes": (1,)}),
-        (("APR asked", "APR asked RL"), {"prompt.sub_calls": threads}),
-        (("SoS+ asked",), {"prompt.tokens": tokens}),
-        (pair, {"limits.thread_tokens": cuts, "limits.answer_tokens": (96,)}),
-        (pair, {"limits.extensions": (1, 2, 4)}),
+        (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads}),
+        (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),
+        (pair, {"limits.thread_tokens": budgets.cuts, "limits.answer_tokens": (96,)}),
+        (pair, {"limits.extensions": budgets.extensions}),
         (("APR",), {"threads.join": ("text",)}),
         (("APR",), {"threads.inherit": (True,)}),
         (("APR text", "APR inherit", "SoS+ wide"), {}),
