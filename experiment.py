@@ -43,6 +43,8 @@ class Experiment:
         self.limits = Limits(**config.limits)
         self.mesh = make_mesh(**config.mesh)
         told = {name: None if value == -1 else value for name, value in config.prompt.items()}
+        if None not in told.values():
+            raise ValueError(f"prompt.sub_calls={told['sub_calls']} and prompt.tokens={told['tokens']}: ask for one")
         self.variant = Countdown(self.tokenizer, d.method, **config.threads)
         self.task = self.variant.asking(told["sub_calls"], told["tokens"])
         settings = dict(config.sampler)
@@ -82,12 +84,6 @@ class Experiment:
             )
         if config.evaluation.concurrent < 0:
             raise ValueError(f"evaluation.concurrent={config.evaluation.concurrent} must not be negative; 0 is all")
-        micro, data = config.train.micro_rows, mesh["data"] * mesh["fsdp"]
-        if config.train.rows % micro or micro % data:
-            raise ValueError(
-                f"train.micro_rows={micro} must divide train.rows={config.train.rows} "
-                f"and be a multiple of the {data} devices that rows are spread over"
-            )
         for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
             if config.model[field] % mesh[axis]:
                 raise ValueError(f"model.{field}={config.model[field]} must be a multiple of mesh.{axis}={mesh[axis]}")
@@ -96,6 +92,11 @@ class Experiment:
             raise ValueError(
                 f"model.context={config.model.context} is too small for a prompt of {longest} ids: raise it"
             )
+
+    @property
+    def devices(self) -> int:
+        """Devices that rows are spread over in training."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the config."""
@@ -127,7 +128,7 @@ class Experiment:
 
     def _held_out(self) -> tuple[Problem, ...]:
         count = self.config.evaluation.problems + self.config.train.eval_problems
-        return solver.held_out_set(self.family, self.config.evaluation.seed, count)
+        return solver.held_out_set(self.family, count)
 
     def _sampler_mesh(self) -> Mesh:
         """This process's devices: rows share nothing, so that every device is one more for the axis "data"."""

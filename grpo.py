@@ -1,6 +1,6 @@
 """Stage two: reinforcement learning decides when, how and how widely to spawn (paper, section 3.4).
 
-    python grpo.py                                   # from runs/apr, else from the shipped checkpoint
+    python grpo.py                                   # from runs/apr, else from the shipped run
     python grpo.py --init=runs/sosp                  # from any other supervised run
     python grpo.py --config=configs/grpo.py:smoke    # the same path in a minute
 
@@ -25,6 +25,7 @@ gradient; a parent with joins is encoded once (`packing.py`), not once per call.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import time
 import typing
@@ -53,7 +54,7 @@ REFILL_ROUNDS = 4  # draws of fresh problems before a step goes on with the grou
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field, on a switch with no such position or a group too small to compare."""
+    """Raises ValueError, naming the field, on a switch with no such position or a number that cannot work."""
     for name, choices in (
         ("advantage", ADVANTAGES),
         ("kl_estimator", ESTIMATORS),
@@ -63,8 +64,14 @@ def check(config: ConfigDict) -> None:
     ):
         if config[name] not in choices:
             raise ValueError(f"grpo.{name} must be one of {', '.join(choices)}, not {config[name]!r}")
-    if config.rollouts < 2:
-        raise ValueError(f"grpo.rollouts={config.rollouts}: a group needs at least 2 rollouts to compare")
+    least = dict.fromkeys(("steps", "problems", "updates", "eval_every"), 1) | {"rollouts": 2}  # 2 to compare
+    least |= dict.fromkeys(("clip_low", "clip_high", "kl_weight", "importance_cap"), 0)
+    for name, bound in least.items():
+        if config[name] < bound:
+            raise ValueError(f"grpo.{name}={config[name]} must be at least {bound}")
+    for name in ("temperature", "rollout_constant"):
+        if config[name] <= 0:
+            raise ValueError(f"grpo.{name}={config[name]} must be above 0")
     if config.importance_cap and config.old_logp != "trainer":
         raise ValueError("grpo.importance_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
 
@@ -126,16 +133,20 @@ def weigh(rollouts: Sequence[Rollout], aggregate: str, constant: float) -> list[
 
 
 def grpo_loss(config: ConfigDict) -> LossFn:
-    """The clipped objective with a penalty towards the reference (PAPER: rho, A, k3), per token [R, T]."""
+    """The clipped objective with a penalty towards the reference (PAPER: rho, A, k3), per token [R, T].
+
+    "k1" has the gradient of "k2": its own is zero in the mean, so that it would hold the policy to nothing.
+    """
 
     def loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
         ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
         clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
         policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
         difference = jnp.where(batch.sampled, batch.ref_logp - out.logp, 0.0)
+        k2 = difference**2 / 2
         kl = {
-            "k1": -difference,
-            "k2": difference**2 / 2,
+            "k1": k2 + jax.lax.stop_gradient(-difference - k2),
+            "k2": k2,
             "k3": jnp.exp(difference) - difference - 1,
         }[config.kl_estimator]
         active = (clipped * batch.advantage < ratio * batch.advantage) & batch.sampled
@@ -183,14 +194,14 @@ def collect(experiment: Experiment, params: typing.Any, step: int, cursor: int) 
 
 
 def make_batches(
-    collected: Collected, config: ConfigDict
+    collected: Collected, config: ConfigDict, rows: int
 ) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
-    """Packs all threads of the step and fills in weights and advantages; old_logp is the sampler's so far."""
+    """Packs all threads of the step into batches of so many rows, with weights, advantages and sampler's log-probs."""
     rollouts = [rollout for group in collected.groups for rollout in group]
     owner = {id(thread): number for number, rollout in enumerate(rollouts) for thread in rollout.threads()}
     weights = weigh(rollouts, config.grpo.aggregate, config.grpo.rollout_constant)
     pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.model.context)]
-    batches, where = pack_all(pieces, config.train.micro_rows, config.model.context)
+    batches, where = pack_all(pieces, rows, config.model.context)
     for number, row, columns, piece in where:
         rollout = owner[id(piece.thread)]
         pairs = [weights[rollout].get((id(piece.thread), call), (0.0, 0.0)) for call in piece.calls]
@@ -257,7 +268,7 @@ class Trainer:
             collected = collected.live()
         if not collected.groups:
             return state, {**described, "rollout_seconds": rolled - began}, cursor
-        batches, where = make_batches(collected, config)
+        batches, where = make_batches(collected, config, config.train.micro_rows * self.experiment.devices)
         batch = stack(batches)
         packed = time.perf_counter()
         drawn = batch  # with the sampler's log-probs
@@ -276,7 +287,9 @@ class Trainer:
         tokens = max(metrics["tokens"], 1)
         values = {**described, **mismatch(drawn, trainer, where)}
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
-        values |= {"kl": float(metrics["kl"] / tokens), "clip_share": float(metrics["clipped"] / tokens)}
+        values["clip_share"] = float(metrics["clipped"] / tokens)
+        if config.grpo.kl_weight:  # else nothing knows the reference's log-probs
+            values["kl"] = float(metrics["kl"] / tokens)
         values |= {
             "rollout_seconds": rolled - began,
             "pack_seconds": packed - rolled,
@@ -298,6 +311,7 @@ def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> No
         state, extra = restored
     else:
         _validate(experiment, workdir, state, extra)
+        workdir.save(0, state, extra)
     progress = Progress(config.grpo.steps, extra["step"], "step")
     while extra["step"] < config.grpo.steps:
         extra["step"] += 1
@@ -316,10 +330,10 @@ def _line(values: dict[str, float]) -> str:
     if "loss" not in values:
         return f"reward {values['reward']:.3f}  no group with a signal"
     worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
+    drift = f"KL {values['kl']:.4f}  " if "kl" in values else ""
     return (
         f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  threads {values['children']:.1f}  "
-        f"tokens {values['total_tokens']:.0f}  KL {values['kl']:.4f}  clipped {values['clip_share']:.3f}  "
-        f"mismatch {worst:.0e}"
+        f"tokens {values['total_tokens']:.0f}  {drift}clipped {values['clip_share']:.3f}  mismatch {worst:.0e}"
     )
 
 
@@ -339,34 +353,44 @@ def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra
 # ------------------------------------------------------------------- command line
 
 
-def start_from(name: str | None) -> pathlib.Path:
-    """The run to start from: `name`, else runs/apr, else the shipped checkpoint. Raises UsageError if none is there."""
-    if name is not None:
-        return pathlib.Path(name)
-    for path in (pathlib.Path("runs/apr"), PRETRAINED):
-        if (path / "best").is_dir():
-            return path
-    raise UsageError("there is no supervised run to start from: run `python sft.py --config=configs/apr.py` first")
+def start_from(named: str | None, suffix: str) -> pathlib.Path:
+    """The run to start from: the one named, else APR's of the preset, one's own or the shipped one.
+
+    Raises UsageError if none is there.
+    """
+    if named is not None:
+        return pathlib.Path(named)
+    for folder in (pathlib.Path("runs"), PRETRAINED.parent):
+        if (folder / f"apr{suffix}" / "best").is_dir():
+            return folder / f"apr{suffix}"
+    if suffix == "-smoke":  # any small model will do
+        return PRETRAINED
+    preset = suffix.replace("-", ":")
+    raise UsageError(
+        f"there is no supervised run to start from: name one with --init, "
+        f"or run `python sft.py --config=configs/apr.py{preset}` first"
+    )
 
 
 def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
     """The supervised run's config with the fields of an RL recipe laid over it."""
     combined = ConfigDict(read_config(start))
-    combined.name = f"{config.name}-{combined.name}"
+    combined.name = f"{config.name}-{combined.name.removesuffix(config.suffix)}{config.suffix}"
     with combined.unlocked():
-        for field in ("seed", "grpo", "prompt", "evaluation", "limits"):
+        for field in ("seed", "grpo", "prompt", "evaluation", "limits", "mesh"):
             combined[field] = config[field]
         combined.optimizer = ConfigDict(dict(config.optimizer, steps=config.grpo.steps * config.grpo.updates))
         combined.train.eval_problems = config.eval_problems
         combined.model.temperature = config.grpo.temperature
-        combined.sampler.rows = config.rows
-        combined.init = str(start)
+        # Rollouts come from the policy itself and evaluation is greedy, however the supervised run was evaluated.
+        combined.sampler.update(rows=config.rows, temperature=0.0, top_k=0, top_p=1.0)
+        combined.init = os.path.relpath(start)
     return combined
 
 
 def main(_: list[str]) -> None:
     """Trains from the start the flags name, then evaluates the best parameters and prints the report."""
-    start = start_from(flags.FLAGS.init)
+    start = start_from(flags.FLAGS.init, flags.FLAGS.config.suffix)
     with usage_errors():
         config = combine(start, flags.FLAGS.config)
         check(config.grpo)
@@ -384,7 +408,7 @@ def main(_: list[str]) -> None:
 def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", "configs/grpo.py", "Recipe, with an optional :preset.")
-    flags.DEFINE_string("init", None, "Supervised run to start from (default: runs/apr, else the shipped checkpoint).")
+    flags.DEFINE_string("init", None, "Supervised run to start from (default: APR's of the preset, own or shipped).")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
 
 

@@ -57,6 +57,12 @@ class DemonstrationStream:
         config = experiment.config
         if config.train.overlong not in ("drop", "cut"):
             raise ValueError(f"train.overlong must be 'drop' or 'cut', not {config.train.overlong!r}")
+        self._micro_rows = min(config.train.rows, config.train.micro_rows * experiment.devices)
+        if config.train.rows % self._micro_rows or self._micro_rows % experiment.devices:
+            raise ValueError(
+                f"train.rows={config.train.rows} must be a multiple of train.micro_rows={config.train.micro_rows} "
+                f"x {experiment.devices} devices, or fewer and a multiple of the devices"
+            )
         self.experiment, self.overlong = experiment, config.train.overlong
         self.cursor, self.overlong_before = cursor, overlong_before
         self._packer = Packer(config.train.rows, config.model.context)
@@ -96,7 +102,7 @@ class DemonstrationStream:
                     self.cursor = (index, offset)
                     batch, _ = self._packer.batch()
                     weight = batch.weight / batch.sampled.sum()
-                    return split(batch._replace(weight=weight), config.train.micro_rows)
+                    return split(batch._replace(weight=weight), self._micro_rows)
                 offset += 1
             lost = 0 if self._segments else lost + 1
             if lost == MOST_LOST:

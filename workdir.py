@@ -165,8 +165,13 @@ class Workdir:
         self._latest.save(step, args=args)
 
     def restore(self, like: typing.Any) -> tuple[typing.Any, dict] | None:
-        """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir."""
+        """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir.
+
+        Raises UsageError if there are best parameters but no state: starting again would overwrite them.
+        """
         if (step := self._latest.latest_step()) is None:
+            if self._best.latest_step() is not None:
+                raise UsageError(f"{self.path} holds a run without its checkpoints: choose another --workdir")
             self._forget_after(0)
             return None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
@@ -176,8 +181,8 @@ class Workdir:
 
     def save_best(self, step: int, params: typing.Any, result: dict) -> None:
         """Keeps these parameters as the best so far; `result` says how good they are."""
-        if step in self._best.all_steps():
-            self._best.delete(step)
+        for later in [other for other in self._best.all_steps() if other >= step]:  # of before the run was resumed
+            self._best.delete(later)
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), result=ocp.args.JsonSave(result))
         self._best.save(step, args=args)
 
@@ -186,7 +191,7 @@ class Workdir:
         if not self._first:
             return
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path))
+            self._writer = SummaryWriter(str(self.path), purge_step=step)  # a resumed run writes again what came after
         values = {name: float(value) for name, value in values.items()}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

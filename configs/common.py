@@ -22,13 +22,13 @@ MODELS = {
     "gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
     "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
 }
-# Preset -> updates, packed rows per update and per forward pass, peak rate, warm-up, held-out evaluations.
+# Preset -> updates, packed rows per update and per forward pass of a device, peak rate, warm-up, held-out evaluations.
 TRAINING = {
     "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
     "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
     "desktop": (6000, 4, 2, 1.5e-3, 100, 1500, 200),
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
-    "paper": (19000, 1024, 64, 5e-5, 1000, 1000, 1000),
+    "paper": (19000, 1024, 8, 5e-5, 1000, 1000, 1000),
 }
 # Preset -> threads decoded side by side, lanes they are spread over (on a CPU one per core), and history slots
 # (rows x length) per device call: all, but on a CPU.
@@ -40,6 +40,7 @@ SAMPLING = {
     "paper": (256, 1, 256 * 4096),
 }
 PRESETS = tuple(FAMILIES)
+MESH = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
 LIMITS = dict(
     children=16,  # per spawn
     spawns=16,  # per thread
@@ -57,7 +58,7 @@ def evaluation(preset: str) -> dict[str, int]:
         problems=16 if preset == "smoke" else 500,
         samples=1,  # rollouts of each problem, for pass@k and cons@k
         concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
-        seed=0,
+        seed=0,  # of the draws; the problems are always the same
     )
 
 
@@ -88,7 +89,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, temperature=1.0, dtype="float32"),
             train=dict(
                 rows=rows,  # per update: a row is packed with threads up to model.context
-                micro_rows=micro_rows,  # rows per forward pass; on a CPU few rows stay in its cache
+                micro_rows=micro_rows,  # most rows per forward pass on a device; on a CPU few rows stay in its cache
                 overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
                 log_every=max(1, steps // 100),
                 eval_every=eval_every,  # also checkpoints
@@ -121,7 +122,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 top_p=1.0,
             ),
             evaluation=evaluation(preset),
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # data=-1: all devices that are left
+            mesh=MESH,
         )
     )
     if preset in ("gpu", "paper"):

@@ -1,7 +1,7 @@
 """GRPO from a supervised run: how widely to spawn is learned from the reward alone.
 
-    python grpo.py                                    # preset laptop, from runs/apr or the shipped checkpoint
-    python grpo.py --config=configs/grpo.py:PRESET    # smoke, laptop, desktop, gpu, paper
+    python grpo.py                                    # preset laptop, from runs/apr or the shipped run
+    python grpo.py --config=configs/grpo.py:PRESET    # smoke, laptop, desktop, gpu, paper: from apr-PRESET
     python grpo.py --config.grpo.advantage=mean       # Dr.GRPO's, and so on
 
 Problems, model and demonstrations' method come from the supervised run.
@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import LIMITS, evaluation
+from configs.common import LIMITS, MESH, evaluation
 
 PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # A small model slips so often at temperature 1 (0.43 right; at 0.5 it is 0.63) that the reward says little about how
@@ -34,6 +34,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     return ConfigDict(
         dict(
             name="grpo",
+            suffix="" if preset == "laptop" else f"-{preset}",  # of runs of this preset
             seed=0,
             grpo=dict(
                 steps=p["steps"],
@@ -69,6 +70,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
             ),
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of; -1 is none
             limits=LIMITS,
+            mesh=MESH,
             rows=p["rows"],  # of the sampler
             eval_problems=8 if preset == "smoke" else 200,
             evaluation=evaluation(preset),

@@ -135,6 +135,22 @@ def test_kl_estimators_by_hand(estimator, expected):
     np.testing.assert_allclose(loss([-2.0], tokens, kl_weight=2.0, kl_estimator=estimator), [2 * expected], rtol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_the_kl_estimators_hold_the_policy_to_the_reference(estimator):
+    """Their gradient, in the mean over the policy's own draws, is that of the divergence itself."""
+    logits, reference = jnp.asarray([0.3, -0.2, 1.0]), jax.nn.log_softmax(jnp.asarray([0.0, 0.5, 0.2]))
+
+    def estimated(x):
+        tokens = batch([0.0] * 3, jax.nn.log_softmax(logits), ref_logp=reference)
+        drawn = jax.nn.softmax(logits)  # how often, not to be differentiated
+        return (drawn * loss(jax.nn.log_softmax(x)[None], tokens, kl_weight=1.0, kl_estimator=estimator)).sum()
+
+    def divergence(x):
+        return (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - reference)).sum()
+
+    np.testing.assert_allclose(jax.grad(estimated)(logits), jax.grad(divergence)(logits), atol=1e-6)
+
+
 def test_at_ratio_one_the_gradient_is_reinforce_and_flips_with_the_reward():
     logp = jnp.asarray([[-1.0, -2.0, -0.5]])
 
@@ -183,6 +199,14 @@ def test_a_two_armed_policy_learns_the_better_arm():
         {"dead_groups": "skip"},
         {"old_logp": "both"},
         {"rollouts": 1},
+        {"problems": 0},
+        {"updates": 0},
+        {"eval_every": 0},
+        {"clip_low": -0.1},
+        {"kl_weight": -1.0},
+        {"rollout_constant": 0.0},
+        {"temperature": 0.0},
+        {"importance_cap": -1.0},
         {"importance_cap": 2.0},
     ],
 )

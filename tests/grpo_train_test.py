@@ -21,7 +21,7 @@ from evaluate import PRETRAINED
 from experiment import Experiment
 from parallel_runtime import CONTEXT, END, Call, Grade, Request, Rollout, Thread
 from train_state import TrainState, init_params, init_state, make_mesh, make_train_step, stack
-from workdir import Workdir, load_best
+from workdir import UsageError, Workdir, load_best, read_config
 
 GROUPS, SIZE = 3, 4
 
@@ -72,7 +72,7 @@ def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
     collection = collected(experiment)
     if order < 0:
         collection = grpo.Collected(*(part[::-1] for part in collection))
-    batches, _ = grpo.make_batches(collection, config)
+    batches, _ = grpo.make_batches(collection, config, config.train.micro_rows)
     batch = stack(batches)
     batch = batch._replace(ref_logp=batch.old_logp - 0.1)
     mesh = make_mesh(data, 1, 1)
@@ -114,7 +114,7 @@ def test_every_sampled_id_has_its_own_rollouts_advantage_and_log_prob():
     config = rl_config()
     experiment = Experiment(config)
     collection = collected(experiment)
-    batches, where = grpo.make_batches(collection, config)
+    batches, where = grpo.make_batches(collection, config, 2)
     owners = {id(t): (p, g) for p, group in enumerate(collection.groups) for g, r in enumerate(group) for t in r.threads()}
     seen = 0
     for number, row, columns, piece in where:
@@ -143,7 +143,7 @@ def test_threads_cut_before_they_sampled_anything_are_counted_and_weigh_nothing(
     cut = Rollout(good[0].problem, root, Grade(False, "no answer: stopped by context"))
     rewards = np.asarray([[1.0, 0.0]])
     collection = grpo.Collected([[good[0], cut]], rewards, grpo.advantages(rewards, "mean"))
-    batches, _ = grpo.make_batches(collection, config)
+    batches, _ = grpo.make_batches(collection, config, config.train.micro_rows)
     weights = sum(batch.weight.sum() for batch in batches)
     calls = sum(len(thread.calls) for thread in good[0].threads())
     # Each rollout's calls weigh 1 / (its calls x all calls) each: two rollouts' worth, over all calls with ids.
@@ -218,7 +218,8 @@ def log(path: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "milliseconds"} for line in lines]
 
 
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, compilation_cache):
+@pytest.mark.parametrize("fatal", [1, 4])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkeypatch, compilation_cache):
     config = rl_config(grpo__steps=4, grpo__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
     reference = jax.device_get(
@@ -229,7 +230,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, 
         original, calls = grpo.Trainer.step, itertools.count(1)
 
         def dying(self, *given):
-            if next(calls) == 4:
+            if next(calls) == fatal:
                 raise Killed
             return original(self, *given)
 
@@ -271,7 +272,7 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     params, _ = load_best(PRETRAINED, experiment.param_shapes())
     trainer = grpo.Trainer(experiment, params)
     collection, _ = grpo.collect(experiment, params, 0, 0)
-    batches, where = grpo.make_batches(collection, config)
+    batches, where = grpo.make_batches(collection, config, 2)
     batch = stack(batches)
     found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), where)
     assert found.keys() == {"mismatch_parent", "mismatch_child", "mismatch_joined"}
@@ -289,6 +290,37 @@ def test_lanes_draw_the_ids_of_a_single_sampler(compilation_cache):
         drawn.append([[call.sampled for t in rollout.threads() for call in t.calls] for rollout in rollouts])
         assert all(value > 0 for value in experiment.sampler_seconds(1.0).values())
     assert drawn[0] == drawn[1] == drawn[2] and len({str(calls) for calls in drawn[0]}) == 11
+
+
+def test_policy_and_evaluation_do_not_depend_on_how_the_supervised_run_sampled(tmp_path):
+    stored = read_config(PRETRAINED)
+    stored["sampler"] |= dict(temperature=0.7, top_k=5, top_p=0.9)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    sampler = grpo.combine(tmp_path, recipe.get_config("smoke")).sampler
+    assert (sampler.temperature, sampler.top_k, sampler.top_p) == (0, 0, 1)
+
+
+def test_presets_do_not_share_a_start_or_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = {preset: recipe.get_config(preset) for preset in ("smoke", "laptop", "desktop", "gpu")}
+    starts = {preset: grpo.start_from(None, recipes[preset].suffix) for preset in ("smoke", "laptop", "desktop")}
+    shipped = PRETRAINED.parent
+    assert starts == {"smoke": shipped / "apr", "laptop": shipped / "apr", "desktop": shipped / "apr-desktop"}
+    with pytest.raises(UsageError, match="sft.py --config=configs/apr.py:gpu"):
+        grpo.start_from(None, "-gpu")
+    names = {preset: grpo.combine(start, recipes[preset]).name for preset, start in starts.items()}
+    assert names == {"smoke": "grpo-apr-smoke", "laptop": "grpo-apr", "desktop": "grpo-apr-desktop"}
+    (tmp_path / "runs" / "apr-smoke" / "best").mkdir(parents=True)
+    assert grpo.start_from(None, "-smoke") == pathlib.Path("runs/apr-smoke")
+    assert grpo.start_from("anything", "-smoke") == pathlib.Path("anything")
+
+
+def test_the_shipped_run_evaluates_and_goes_on_on_any_number_of_devices(monkeypatch):
+    """Rows per forward pass are those of one device; with eight, the supervised batch of 8 rows is not needed."""
+    stored = ConfigDict(read_config(PRETRAINED))
+    assert jax.device_count() == 8 and stored.train.rows == 8 and stored.train.micro_rows == 2
+    assert Experiment(stored).devices == 8
+    assert Experiment(grpo.combine(PRETRAINED, recipe.get_config("laptop"))).devices == 8
 
 
 def test_rollouts_can_be_told_of_a_budget():

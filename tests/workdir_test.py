@@ -120,6 +120,26 @@ def test_a_state_comes_back_with_its_extra_data(tmp_path):
     assert restored[1] == {"cursor": [3, 1], "best": 0.1}
 
 
+def test_a_run_without_its_checkpoints_is_not_begun_again(tmp_path):
+    """A shipped run is one: to train over its log and its best parameters would lose them."""
+    run = Workdir(tmp_path, config())
+    run.log(3, {"loss": 1.5})
+    run.save_best(3, {"w": jnp.zeros(2)}, {})
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="without its checkpoints: choose another --workdir"):
+        Workdir(tmp_path, config()).restore(tree(0))
+    assert contents(tmp_path) == before
+
+
+def test_best_parameters_found_again_replace_later_ones(tmp_path):
+    """Saved at 20 by a run that was killed before its state was, then resumed from 5."""
+    run = Workdir(tmp_path, config())
+    for step, value in ((20, 1.0), (10, 2.0)):
+        run.save_best(step, {"w": jnp.full(2, value)}, {})
+    params, result = workdir.load_best(tmp_path, {"w": jnp.zeros(2)})
+    assert result["step"] == 10 and params["w"].tolist() == [2.0, 2.0]
+
+
 def test_the_latest_state_replaces_the_one_before(tmp_path):
     run = Workdir(tmp_path, config())
     for step in (5, 10, 15):
@@ -229,7 +249,11 @@ BAD_COMMANDS = {
     ),
     "no rows": (["--config.train.rows=0"], ["train.rows"]),
     "no micro-batch": (["--config.train.micro_rows=0"], ["train.micro_rows"]),
-    "micro-batches that leave rows over": (["--config.train.micro_rows=3"], ["train.micro_rows=3", "train.rows=4"]),
+    "micro-batches that leave rows over": (
+        ["--config.mesh.data=1", "--config.train.micro_rows=3"],
+        ["train.micro_rows=3", "train.rows=4"],
+    ),
+    "two budgets": (["--config.prompt.sub_calls=2", "--config.prompt.tokens=9"], ["sub_calls=2", "tokens=9", "one"]),
     "steps within the warm-up": (["--config.optimizer.steps=5"], ["optimizer.steps=5", "warmup_steps=5"]),
     "no learning": (["--config.optimizer.learning_rate=0.0"], ["learning_rate"]),
     "unknown treatment": (["--config.train.overlong=squeeze"], ["train.overlong", "squeeze", "drop"]),
@@ -243,7 +267,7 @@ BAD_COMMANDS = {
     ),
     "train rows against devices": (
         ["--config.mesh.data=8", "--config.train.rows=4"],
-        ["train.micro_rows=2", "multiple", "8 devices"],
+        ["train.rows=4", "train.micro_rows=2", "multiple", "8 devices"],
     ),
     "sampler rows against devices": (
         ["--config.mesh.data=8", "--config.train.rows=8", "--config.train.micro_rows=8", "--config.sampler.rows=24"],
