@@ -92,7 +92,7 @@ class Chart:
 NUMBER = (int, float)
 SCHEMA: dict[str, typing.Any] = {  # what is read of an entry (`evaluate.summary_of`)
     **dict.fromkeys(("label", "budget", "parameters", "problem_set"), str),
-    **dict.fromkeys(("concurrent", "n", "samples", "training_seed"), int),
+    **dict.fromkeys(("concurrent", "n", "samples", "training_seed", "seed"), int),
     **dict.fromkeys(("asked.sub_calls", "asked.tokens", "asked.answer_tokens", "asked.extensions"), int),
     **dict.fromkeys(("temperature", "accuracy", "total_tokens", "children", "throughput_ms"), NUMBER),
     **dict.fromkeys(("interval", "results"), list),
@@ -169,8 +169,8 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
                         f"{file} and {path} hold {run[0]} of training seed {run[1]} with different parameters: "
                         "choose one of them with --results, or give a run another name"
                     )
-                same = ("label", "training_seed", "asked", "temperature", "samples", "concurrent", "threads", "context")
-                found.setdefault(json.dumps([entry[name] for name in same], sort_keys=True), entry)
+                same = ("label", "training_seed", "seed", "asked", "temperature", "samples", "concurrent", "threads")
+                found.setdefault(json.dumps([entry[name] for name in (*same, "context")], sort_keys=True), entry)
     if len(first) > 1:
         files = " and ".join(map(str, first.values()))
         raise UsageError(f"{files} hold results on different problems: choose one of them with --results")
@@ -239,13 +239,14 @@ def policy(entry: Entry) -> tuple[str, str, float]:
 
 
 def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seed if any."""
+    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seeds if any."""
     pairs = []
     for after in (e for e in whole(entries) if e["label"].endswith(" RL")):
         wanted = (after["label"].removesuffix(" RL"), after["temperature"], after["budget"])
         before = [e for e in whole(entries) if (e["label"], e["temperature"], e["budget"]) == wanted]
         if before:
-            pairs.append((min(before, key=lambda e: e["training_seed"] != after["training_seed"]), after))
+            seeds = ("training_seed", "seed")
+            pairs.append((min(before, key=lambda e: [e[seed] != after[seed] for seed in seeds]), after))
     return pairs
 
 

@@ -101,6 +101,19 @@ def kept(experiment: Experiment, rollouts: Sequence[Rollout]) -> dict[str, typin
     return None
 
 
+def check_held_out(config: ConfigDict, stored: dict[str, typing.Any]) -> None:
+    """Raises ValueError if problems that `config` evaluates on chose the parameters of the run with config `stored`.
+
+    Those come after the run's own test set (`Experiment.validation_set`).
+    """
+    wanted, own = config.evaluation.problems, stored["evaluation"]["problems"]
+    if wanted > own and config.problems.to_dict() == stored["problems"]:
+        raise ValueError(
+            f"evaluation.problems={wanted}: all but the first {own} held-out problems chose this run's parameters; "
+            "ask for fewer, or give others with --problems"
+        )
+
+
 def fingerprint(params: typing.Any) -> str:
     """Eight hexadecimal digits that differ where any parameter does."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -361,6 +374,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
             try:
                 config.update_from_flattened_dict({**changes, **dict(zip(entry["grid"], values, strict=True))})
                 Experiment(config)  # raises where the values cannot work
+                check_held_out(config, stored)
                 found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), config))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
@@ -371,7 +385,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
 
 def sweep(plan: Sequence[Point], output: pathlib.Path) -> None:
     """Measures the points that `output` does not hold yet, a folder with an eval.json each; prints a line of each."""
-    loaded = None
+    loaded, warm = None, set()
     for number, point in enumerate(plan, 1):
         experiment = Experiment(point.config)  # of one point at a time: its samplers hold much memory
         if loaded != point.workdir:
@@ -383,7 +397,11 @@ def sweep(plan: Sequence[Point], output: pathlib.Path) -> None:
         if (folder / "eval.json").exists():
             (summary,) = json.loads((folder / "eval.json").read_text())
         else:
-            warm_up(experiment, params, problems)
+            concurrent, method = point.config.evaluation.concurrent, experiment.variant.method
+            shapes = (experiment.model_config, experiment.sampler_config, concurrent, method)
+            if shapes not in warm:  # points that differ in limits or prompts alone share compiled functions
+                warm_up(experiment, params, problems)
+                warm.add(shapes)
             summary, _ = measure(experiment, params, problems, point.label, result["step"])
             with usage_errors():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -439,6 +457,8 @@ def main(_: list[str]) -> None:
     source = pathlib.Path(args.workdir or PRETRAINED)
     with usage_errors():
         experiment = Experiment(args.config)
+        if not args.problems:
+            check_held_out(args.config, read_config(source))
         if (args.numbers is None) != (args.target is None):
             raise UsageError("--numbers and --target go together")
         one = args.numbers is not None

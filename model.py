@@ -287,7 +287,8 @@ class Decoder(nn.Module):
         embedding_VD = self.param("embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width))
         table = rotary_table(positions_RT, c.head_width, c.rope_theta)
         # Unit-size inputs and, tied, unit-size logits: at 0.02 the branches drown the token (LOG.md has the curves).
-        x_RTD = (embedding_VD[tokens_RT] * c.width**0.5).astype(c.dtype)
+        # Cast first, as the sampler's table is: else they would differ in bfloat16.
+        x_RTD = embedding_VD[tokens_RT].astype(c.dtype) * c.width**0.5
         ks, vs = [], []
         for layer in range(c.layers):
             parts = [(p.k[layer], p.v[layer], p.visible[:, None, :]) for p in past]

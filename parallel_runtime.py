@@ -313,7 +313,6 @@ class _Live:
     rewind: int = 0  # where the spawn block being waited for starts
     answering: bool = False  # made to, past its bound
     extended: int = 0  # times sent on
-    children: list[_Live] = dataclasses.field(default_factory=list)
 
     def priority(self) -> tuple:
         """Joined parents, then children, then new problems; older requests first."""
@@ -473,11 +472,11 @@ class Runtime:
             self.watch(thread)
         live.rewind, live.pending = spawn.start, len(spawn.prompts)
         allowance = (live.allowance - total_tokens(thread)) // len(spawn.prompts)
-        live.children = [
+        children = [
             self._begin(live, live.number, (*thread.path, len(thread.spawns), child), prompt, allowance)
             for child, prompt in enumerate(spawn.prompts)
         ]
-        thread.spawns.append([child.thread for child in live.children])
+        thread.spawns.append([child.thread for child in children])
         self._waiting.append(live)
 
     def _end(self, live: _Live, reason: str) -> None:

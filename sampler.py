@@ -335,8 +335,8 @@ class Sampler:
         self.slot_buckets = _two_bits(config.bucket, self.context)
         self.prefill_lengths = tuple(sorted({min(length, self.context) for length in PREFILL_LENGTHS}))
         self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
-        # Ids fed (prefill_tokens) and drawn (decode_tokens), calls (prefill_calls, bursts), decode_steps, steps x rows
-        # that were computed (row_steps), and prefill_seconds, decode_seconds, host_seconds.
+        # Ids fed (prefill_tokens) and drawn (decode_tokens), decode_steps, steps x rows that were computed
+        # (row_steps), and prefill_seconds, decode_seconds, host_seconds.
         self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stop_ids = frozenset(stop_ids)
         self._history = self._empty()
@@ -447,7 +447,6 @@ class Sampler:
             self.counters["prefill_tokens"] += len(chunk)
         begin = time.perf_counter()
         self._run_prefill(rows, ids, slots)
-        self.counters["prefill_calls"] += 1
         self.counters["prefill_seconds"] += time.perf_counter() - begin
 
     def _layout(self, numbers: list[int], size: int, columns: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -487,7 +486,6 @@ class Sampler:
             self.counters["decode_steps"] += int(count.max())
             self.counters["row_steps"] += int(count.max()) * size
             self.counters["decode_tokens"] += int(count.sum())
-        self.counters["bursts"] += len(groups)
         self.counters["decode_seconds"] += returned - called
         self.counters["host_seconds"] += time.perf_counter() - begin - (returned - called)
 

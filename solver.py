@@ -139,12 +139,15 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
 
 
 @functools.lru_cache(maxsize=8)
-def held_out_set(family: ProblemRange, seed: int, n: int) -> tuple[Problem, ...]:
-    """`n` held-out problems, distinct as sorted numbers and target; ValueError saying how many exist if fewer."""
+def held_out_set(family: ProblemRange, n: int) -> tuple[Problem, ...]:
+    """`n` held-out problems, always the same, distinct as sorted numbers and target.
+
+    Raises ValueError saying how many exist if there are fewer.
+    """
     listing = _listing(family, "heldout")
     found: dict[str, Problem] = {}
     for index in range(0 if listing is not None and len(listing) < n else 100 * n):
-        drawn = problem(family, "heldout", seed, index)
+        drawn = problem(family, "heldout", 0, index)
         found.setdefault(f"{sorted(drawn.numbers)} {drawn.target}", drawn)
         if len(found) == n:
             return tuple(found.values())

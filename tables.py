@@ -74,10 +74,10 @@ def paper_accuracy(entry: Entry) -> str:
 def accuracy_table(entries: Sequence[Entry]) -> Table:
     """Accuracy by method and temperature."""
     rows = [
-        [e["label"], f"{e['temperature']:g}", accuracy(e), e["n"], e["training_seed"], paper_accuracy(e)]
+        [e["label"], f"{e['temperature']:g}", accuracy(e), e["n"], e["training_seed"], e["seed"], paper_accuracy(e)]
         for e in free(entries)
     ]
-    head = "method | temperature | accuracy | problems | training seed | paper"
+    head = "method | temperature | accuracy | problems | training seed | seed of draws | paper"
     return Table("Table 1. Accuracy by method and temperature", PAPERS_OWN, head, rows)
 
 

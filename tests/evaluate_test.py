@@ -517,13 +517,31 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
     other = sweep_file(tmp_path / "b", smoke_run.path, {"sampler.temperature": (0.0,), "evaluation.seed": (1,)})
     assert command(evaluate, other, output, "--config.limits.depth=0").status == 0
     summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
-    assert len(summaries) == 4  # other problems are another point
+    assert len(summaries) == 4  # other draws are another point
+    assert len({s["problem_set"] for s in summaries}) == 1  # ... on the same problems
     assert sorted((s["seed"], s["asked"]["depth"]) for s in summaries) == [(0, 1)] * 3 + [(1, 0)]  # a field of them all
+
+
+def test_a_sweep_warms_up_once_for_points_that_share_compiled_functions(smoke_run, command, tmp_path, monkeypatch):
+    warmed, warm_up = [], evaluate.warm_up
+    monkeypatch.setattr(evaluate, "warm_up", lambda *given: (warmed.append(given), warm_up(*given)))
+    grids = {"limits.spawns": (0, 1)}, {"limits.spawns": (2,), "evaluation.concurrent": (2,)}
+    plan = sweep_file(tmp_path, smoke_run.path, *grids)
+    assert command(evaluate, plan, f"--output={tmp_path / 'out'}").status == 0
+    assert [experiment.config.evaluation.concurrent for experiment, *_ in warmed] == [0, 2]
+
+
+def test_problems_that_chose_the_checkpoint_are_not_evaluated_on(smoke_run, command: Callable, tmp_path):
+    output = f"--output={tmp_path / 'out'}"
+    ended = command(evaluate, f"--workdir={smoke_run.path}", output, "--config.evaluation.problems=17", *SMALL)
+    assert ended.status == 2 and "evaluation.problems=17" in ended.err and "first 16" in ended.err, ended
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
+        ({"evaluation.problems": (17,)}, "evaluation.problems=17"),
         ({"sampler.tempreature": (0.0,)}, "tempreature"),
         ({"sampler.temperature": ("warm",)}, "temperature"),
         ({"sampler.temperature": (-1.0,)}, "temperature"),

@@ -142,11 +142,11 @@ def test_a_point_that_is_found_twice_counts_once(tmp_path):
     assert [e["accuracy"] for e in charts.read_results([str(tmp_path)])] == [0.5]
     assert len(charts.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
     seed = {"training_seed": 1, "parameters": "others"}
-    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"context": 256}, {"label": "SoS"}, seed]
+    others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"context": 256}, {"label": "SoS"}, {"seed": 1}, seed]
     changed = [entry(threads={"join": "text"}), entry(asked={"answer_tokens": 64}), entry(sampling={"top_k": 0, "top_p": 0.9})]
     write(tmp_path / "c", *(entry(**other) for other in others), *changed)
     found = charts.read_results([str(tmp_path)])
-    assert len(found) == 10 and {e["label"] for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
+    assert len(found) == 11 and {e["label"] for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
 
 
 def test_checkpoints_of_one_label_are_never_mixed(tmp_path):
@@ -412,6 +412,7 @@ def test_accuracy_table_by_hand():
         "accuracy": f"0.750 ({low:.3f}-{high:.3f})",
         "problems": 4,
         "training seed": 0,
+        "seed of draws": 0,
         "paper": "0.755",
     }
 

@@ -117,6 +117,15 @@ def test_bfloat16_is_near_float32():
     assert float(flat @ exact_flat / jnp.linalg.norm(flat) / jnp.linalg.norm(exact_flat)) > 0.995
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_cast_beforehand_change_nothing(tied):
+    """The sampler casts its copy once, the trainer in every step."""
+    decoder, params, tokens = make(dataclasses.replace(SMALL, dtype="bfloat16", tied=tied))
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf, params)
+    logits, _ = apply(decoder, params, tokens, POSITIONS, UNTIL)
+    np.testing.assert_array_equal(apply(decoder, cast, tokens, POSITIONS, UNTIL)[0], logits)
+
+
 def test_gradients_flow_only_where_until_lets_them():
     # Untied and with distinct tokens, so that a row of the embedding is touched by one position alone.
     config = dataclasses.replace(SMALL, tied=False)
