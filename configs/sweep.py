@@ -38,13 +38,14 @@ class Budgets(NamedTuple):
     cuts: tuple[int, ...]  # tokens after which an answer is forced
     extensions: tuple[int, ...] = (1, 2, 4)  # times that a search that ends is sent on
     temperatures: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
+    samples: tuple[int, int] = (8, 8)  # of each problem at temperature 1: of SoS+, of APR
 
 
 BUDGETS = {
     "smoke": Budgets((0, 2), (512,), (64,)),
     "laptop": Budgets((0, 2, 3, 4, 5), (192, 256, 320, 384, 512), (128, 192, 256, 320, 384)),
-    # Greedy only, but for the eight samples: a rollout takes seven times the tokens of laptop's.
-    "desktop": Budgets((0, 2, 3, 4, 5), (256, 512, 768, 1024), (384, 512, 640, 768), (1,), (0.0,)),
+    # A rollout of APR takes seven times the tokens of laptop's, four times those of SoS+: samples of equal cost.
+    "desktop": Budgets((0, 2, 3, 5), (256, 512, 768, 1024), (384, 640), (), (0.0,), (16, 4)),
     "gpu": Budgets((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
     "paper": Budgets((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
 }
@@ -58,10 +59,12 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     suffix = "" if preset == "laptop" else f"-{preset}"
 
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
+    # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
+    drawn: dict[str, tuple] = {"model.temperature": (1.0,), "sampler.temperature": (1.0,)}
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
-        # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
-        (trained, {"model.temperature": (1.0,), "sampler.temperature": budgets.temperatures}),
-        (trained[1:], {"model.temperature": (1.0,), "sampler.temperature": (1.0,), "evaluation.samples": (8,)}),
+        (trained, {**drawn, "sampler.temperature": budgets.temperatures}),
+        (("SoS+", "SoS+ RL"), {**drawn, "evaluation.samples": budgets.samples[:1]}),
+        (("APR", "APR RL"), {**drawn, "evaluation.samples": budgets.samples[1:]}),
         (trained, {"evaluation.concurrent": (1,)}),
         (("APR in turn",), {"evaluation.concurrent": (1,), "sampler.rows": (2,), "sampler.lanes": (1,)}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads}),
