@@ -338,7 +338,7 @@ def _line(values: dict[str, float]) -> str:
 
 
 def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra: dict) -> None:
-    """Solves the validation problems greedily; keeps the parameters if they are the best so far."""
+    """Solves the validation problems; keeps the parameters if they are the best so far."""
     found = heldout(experiment, state.params)
     accuracy = found["accuracy"]
     workdir.log(extra["step"], {f"heldout_{name}": value for name, value in found.items()})
@@ -382,8 +382,8 @@ def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
         combined.optimizer = ConfigDict(dict(config.optimizer, steps=config.grpo.steps * config.grpo.updates))
         combined.train.eval_problems = config.eval_problems
         combined.model.temperature = config.grpo.temperature
-        # Rollouts come from the policy itself and evaluation is greedy, however the supervised run was evaluated.
-        combined.sampler.update(rows=config.rows, temperature=0.0, top_k=0, top_p=1.0)
+        # Not as the supervised run was evaluated: rollouts must come from the policy itself.
+        combined.sampler.update(rows=config.rows, temperature=config.eval_temperature, top_k=0, top_p=1.0)
         combined.init = os.path.relpath(start)
     return combined
 

@@ -128,7 +128,7 @@ def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str
     """
     correct = [rollout.grade.correct for rollout in rollouts]
     longest = [parallel_runtime.longest_context(rollout.root) for rollout in rollouts]
-    bounds = [context * eighth // 8 for eighth in (2, 3, 4, 6, 8)]
+    bounds = [context * eighth // 8 for eighth in range(2, 9)]
     return {str(bound): reached_within(correct, longest, bound, samples) for bound in bounds}
 
 

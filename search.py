@@ -141,6 +141,7 @@ class Search:
     """
 
     restates = True  # the path is restated after the goal
+    gives_up = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
@@ -152,7 +153,7 @@ class Search:
         """Searches from the root, finishes `trace`, and returns the leaf that reached the goal."""
         goal = self.search(self.root, 0)
         if goal is None:
-            self.lines.append("No solution found.\n" if self.restates else "No solution found.")
+            self.lines.append(self.gives_up)
         self.trace.calls.append("".join(self.lines))
         return goal
 
@@ -224,19 +225,15 @@ class BreadthFirst(Search):
     """SoS breadth-first: stops at the goal, and announces leaves that lost before."""
 
     restates = False
+    gives_up = "No solution found."
     pushes_leaves = True
 
 
 class DepthFirst(Search):
     """SoS depth-first: children that cost more than the target are pruned, the rest searched one after another."""
 
-    def run(self) -> Node | None:
-        """Searches from the root; says nothing more when everything is pruned."""
-        goal = self.search(self.root, 0)
-        self.trace.calls.append("".join(self.lines))
-        return goal
-
     restates = False
+    gives_up = ""
 
     def search(self, root: Node, level: int) -> Node | None:
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""

@@ -44,7 +44,7 @@ from absl import flags
 
 import parallel_runtime
 from parallel_runtime import Call, Grade, MalformedSpawn, Rollout, Spawn, Thread
-from search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace, combine, spawn_block, state_line
+from search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace, spawn_block, state_line
 from tokenizer import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
 
 Split = Literal["train", "heldout"]
@@ -196,18 +196,6 @@ def solvable(numbers: Sequence[int], target: int) -> bool:
             if a and a % target == 0 and a // target in others:
                 return True
     return False
-
-
-def solve(numbers: Sequence[int], target: int) -> tuple[str, ...] | None:
-    """Steps that reach `target`, or None if there are none: exhaustive search."""
-    if len(numbers) == 1:
-        return () if numbers[0] == target else None
-    for i, j in itertools.combinations(range(len(numbers)), 2) if solvable(numbers, target) else ():
-        rest = [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :]]
-        for result, step in combine(numbers[i], numbers[j]):
-            if (later := solve([*rest, result], target)) is not None:
-                return (step, *later)
-    return None
 
 
 _STEP = re.compile(f"({NUMBER})([-+*/])({NUMBER})=({NUMBER})")
@@ -424,7 +412,8 @@ class Countdown:
 
     def join(self, children: Sequence[Thread]) -> list[int]:
         """Join block: a line per child, each success followed by the child's final path (or each by all its text)."""
-        text = ["<Sub Searches>\n"]
+        encode = self.tokenizer.encode
+        ids = encode("<Sub Searches>\n")
         for i, child in enumerate(children):
             given = child.calls[0].injected
             own = [*_MOVE.finditer(self.tokenizer.decode(given))]
@@ -432,12 +421,13 @@ class Countdown:
                 raise ValueError(f"the prompt of child {child.path} names no node")
             where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[-1][1]}>\n"
             path = self._final_path(child, own[-1][0])
-            text.append(f"<Goal Reached {where}" if path else f"<No Solution {where}")
-            if self.whole:
-                path = self.tokenizer.decode(token for token in child.ids()[len(given) :] if token != END)
-                path += "\n" * (path != "" and path[-1] != "\n")
-            text.append(path)
-        return self.tokenizer.encode("".join([*text, "<End Sub Searches>\n"]))
+            ids += encode(f"<Goal Reached {where}" if path else f"<No Solution {where}")
+            if self.whole:  # its very ids: not all that a model samples is what its text encodes to
+                own_ids = [token for token in child.ids()[len(given) :] if token != END]
+                ids += own_ids + encode("\n" * (self.tokenizer.decode(own_ids)[-1:] not in ("", "\n")))
+            else:
+                ids += encode(path)
+        return ids + encode("<End Sub Searches>\n")
 
     def _final_path(self, child: Thread, first_line: str) -> str:
         """The path a child restated at its end, from its own node to the goal; "" if it did not."""

@@ -10,7 +10,8 @@ written down, not learned:
   2. Numbers below `number_limit` are one token each (10: digit by digit); longer
      strings of digits are split from the left into pieces that are.
   3. `encode` is one compiled regular expression, longest phrase first; a text
-     has exactly one encoding, and text outside the language is an error.
+     has exactly one encoding, and text outside the language is an error. Ids that a
+     model drew may decode to text with another encoding, or with none.
 
 Grammar. A trace is a sequence of lines, each an instance of one template. `parse`
 and `render` are inverse to each other and strict: what a model wrote either is a

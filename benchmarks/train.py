@@ -1,9 +1,9 @@
 """Training throughput: forward, backward and AdamW, against the same Llama in PyTorch + transformers.
 
-Ours is the project's own `train_step` with the SFT loss, on one device and in
-micro-batches of `--micro` rows. The peer is LlamaForCausalLM (sdpa attention,
-float32, `--threads` threads) with torch.optim.AdamW, in a process of its own,
-on one segment per row. Both take turns step by step, so that a busy machine is
+Ours is the project's own `train_step` with the SFT loss, on one device. The
+peer is LlamaForCausalLM (sdpa attention, float32, `--threads` threads) with
+torch.optim.AdamW, in a process of its own, on one segment per row. Both add up
+gradients over micro-batches of `--micro` rows, and take turns step by step, so that a busy machine is
 busy for both; medians are reported, and the ratio is the median of the ratios.
 "dense" rows hold one segment each, "packed" rows segments of lognormal length
 with a mean of about 110.
@@ -129,7 +129,9 @@ def serve_peer(args: argparse.Namespace) -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        llama(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        for rows in tokens.split(args.micro):
+            loss = llama(input_ids=rows, labels=rows, use_cache=False).loss
+            (loss * len(rows) / args.rows).backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         optimizer.step()
 
@@ -178,7 +180,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    """Flags; the defaults are the laptop preset."""
+    """Flags; the defaults are the laptop preset's model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = dict(rows=16, micro=4, tokens=512, vocab=600, width=128, layers=4, heads=2, mlp=352, repeats=9, threads=2)
     for name, value in shape.items():

@@ -69,8 +69,8 @@ def test_accuracy_by_context_window_by_hand():
         rollout_of(False, [3], [], parallel_runtime.END, 0.0),
     ]
     windows = measures.windows(rollouts, 160, 1)
-    assert list(windows) == ["40", "60", "80", "120", "160"]
-    assert [window[0] for window in windows.values()] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert list(windows) == ["40", "60", "80", "100", "120", "140", "160"]
+    assert [window[0] for window in windows.values()] == pytest.approx([0, *[1 / 3] * 3, *[2 / 3] * 3])
     assert windows["80"][1:] == measures.wilson(1, 3)
 
 

@@ -359,6 +359,12 @@ def test_a_join_of_texts_hands_over_all_that_children_wrote():
     assert TOKENIZER.decode(Countdown(TOKENIZER, "apr").join([lost])) == (
         "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,0>\n<End Sub Searches>\n"
     )
+    drawn = [*TOKENIZER.encode("14,24"), *TOKENIZER.encode(","), *TOKENIZER.encode(GOAL)]  # decodes, but not back
+    with pytest.raises(ValueError, match="not in the trace language"):
+        TOKENIZER.encode(TOKENIZER.decode(drawn))
+    strange = child_thread("14,24 unequal: No Solution\n")
+    strange.calls[-1].sampled = [*drawn, 1]
+    assert TOKENIZER.decode(task.join([strange])).splitlines()[2] == "14,24, equal: Goal Reached"
     with pytest.raises(ValueError, match="join must be one of path, text, not 'all'"):
         Countdown(TOKENIZER, "apr", join="all")
 
@@ -563,10 +569,6 @@ def test_exact_search_agrees_with_trying_everything():
         values = every_value(numbers)
         for target in range(1, 60):
             assert solver.solvable(numbers, target) == (target in values), (numbers, target)
-        for target in rng.sample(range(1, 60), 5):
-            steps = solver.solve(numbers, target)
-            assert (steps is not None) == (target in values)
-            assert steps is None or grade_steps(Problem(tuple(numbers), target), steps).correct
 
 
 # ---------------------------------------------------------------- problems
