@@ -45,7 +45,7 @@ BUDGETS = {
     "smoke": Budgets((0, 2), (512,), (64,)),
     "laptop": Budgets((0, 2, 3, 4, 5), (192, 256, 320, 384, 512), (128, 192, 256, 320, 384)),
     # A rollout of APR takes seven times the tokens of laptop's, four times those of SoS+: samples of equal cost.
-    "desktop": Budgets((0, 2, 3, 5), (256, 512, 768, 1024), (384, 640), (), (0.0, 0.5), (16, 4)),
+    "desktop": Budgets((0, 2, 3, 5), (256, 512, 768, 1024), (384, 640), (), (0.0, 0.5, 1.0), (16, 4)),
     "gpu": Budgets((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
     "paper": Budgets((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
 }
@@ -68,6 +68,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (trained, {"evaluation.concurrent": (1,)}),
         (("APR in turn",), {"evaluation.concurrent": (1,), "sampler.rows": (2,), "sampler.lanes": (1,)}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads}),
+        (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads[-1:], **drawn}),
         (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),
         (pair, {"limits.thread_tokens": budgets.cuts, "limits.answer_tokens": (96,)}),
         (pair, {"limits.extensions": budgets.extensions}),
