@@ -430,7 +430,7 @@ def of_kind(logs: Iterable[Log], reinforced: bool) -> list[Log]:
 def training(logs: Sequence[Log]) -> Chart:
     """Accuracy over the steps of GRPO (paper, figure 7)."""
     runs = of_kind(logs, True)
-    panels = {"sampled problems": over_steps(runs, "sampled_accuracy"), "held-out problems, greedy": heldout(runs)}
+    panels = {"sampled problems": over_steps(runs, "sampled_accuracy"), "held-out problems": heldout(runs)}
     return Chart("Accuracy during reinforcement learning", "step", "runs of grpo.py", panels, SMOOTHED)
 
 
