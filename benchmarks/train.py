@@ -3,8 +3,9 @@
 Ours is the project's own `train_step` with the SFT loss, on one device. The
 peer is LlamaForCausalLM (sdpa attention, float32, `--threads` threads) with
 torch.optim.AdamW, in a process of its own, on one segment per row. Both add up
-gradients over micro-batches of `--micro` rows, and take turns step by step, so that a busy machine is
-busy for both; medians are reported, and the ratio is the median of the ratios.
+gradients over micro-batches of `--micro` rows, and take turns step by step, so
+that a busy machine is busy for both; medians are reported, and the ratio is the
+median of the ratios.
 "dense" rows hold one segment each, "packed" rows segments of lognormal length
 with a mean of about 110.
 

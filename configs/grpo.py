@@ -21,8 +21,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(PAPERS, steps=2, problems=4, rollouts=2, updates=1, learning_rate=1e-4, eval_every=1, rows=16),
     "laptop": dict(SMALL, steps=200, problems=16, rollouts=8, updates=1, learning_rate=1e-4, eval_every=25, rows=128),
     # What 60 steps teach shows where the policy draws, not yet in its most likely tokens.
-    "desktop": dict(SMALL, steps=60, problems=8, rollouts=8, updates=1, learning_rate=1e-4, eval_every=20, rows=128)
-    | dict(eval_temperature=1.0),
+    "desktop": dict(
+        SMALL, steps=60, problems=8, rollouts=8, updates=1, learning_rate=1e-4, eval_every=20, rows=128,
+        eval_temperature=1.0,
+    ),
     "gpu": dict(PAPERS, steps=150, problems=64, rollouts=8, updates=2, learning_rate=2e-5, eval_every=25, rows=512),
     "paper": dict(PAPERS, steps=150, problems=64, rollouts=5, updates=2, learning_rate=1e-5, eval_every=25, rows=256),
 }
