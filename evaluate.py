@@ -52,7 +52,7 @@ from experiment import Experiment
 from parallel_runtime import Interrupted, Request, Rollout, Thread
 from solver import Problem
 from tokenizer import Tokenizer
-from workdir import UsageError, launch, load_best, read_config, usage_errors, write_json
+from workdir import Progress, UsageError, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 EXCLUSIVE = {  # flag -> flags that would change nothing beside it
@@ -140,7 +140,13 @@ def measure(
     """
     config = experiment.config.evaluation
     started = time.monotonic()
-    rollouts = experiment.solve(params, problems, config.samples, config.concurrent)
+    progress, done = Progress(len(problems) * config.samples, 0, "rollout"), itertools.count(1)
+    try:
+        rollouts = experiment.solve(
+            params, problems, config.samples, config.concurrent, lambda: progress.update(next(done))
+        )
+    finally:
+        progress.close()
     seconds = time.monotonic() - started
     return summary_of(experiment, params, rollouts, config.samples, seconds, label, step), rollouts
 

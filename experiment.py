@@ -156,18 +156,31 @@ class Experiment:
         return {part: sum(counter[part] for counter in counters) / self.lanes for part in parts}
 
     def rollouts(
-        self, params: typing.Any, temperature: float, requests: Sequence[Request], seed: Sequence[int]
+        self,
+        params: typing.Any,
+        temperature: float,
+        requests: Sequence[Request],
+        seed: Sequence[int],
+        tell: Callable[[], None] | None = None,
     ) -> list[Rollout]:
-        """Runs the requests, each process an equal share of them; every process gets all, in order."""
+        """Runs the requests, each process an equal share of them; every process gets all, in order.
+
+        `tell` is called after each rollout of this process.
+        """
         share = requests[jax.process_index() :: jax.process_count()]
-        return gather(side_by_side(self.runtimes(params, temperature), share, seed))
+        return gather(side_by_side(self.runtimes(params, temperature), share, seed, tell))
 
     def solve(
-        self, params: typing.Any, problems: Sequence[Problem], samples: int = 1, concurrent: int = 0
+        self,
+        params: typing.Any,
+        problems: Sequence[Problem],
+        samples: int = 1,
+        concurrent: int = 0,
+        tell: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """`samples` rollouts of each problem, in order, at the config's temperature; so many in flight (0: all).
 
-        Raises Interrupted, with those that are done, on Ctrl-C.
+        `tell` is called after each rollout. Raises Interrupted, with those that are done, on Ctrl-C.
         """
         requests = [Request(problem, index) for problem in problems for index in range(samples)]
         temperature, seed = self.config.sampler.temperature, (self.config.evaluation.seed,)
@@ -175,7 +188,7 @@ class Experiment:
         done: list[Rollout] = []
         for start in range(0, len(requests), together):
             try:
-                done += self.rollouts(params, temperature, requests[start : start + together], seed)
+                done += self.rollouts(params, temperature, requests[start : start + together], seed, tell)
             except Interrupted as interrupt:
                 raise Interrupted(done + interrupt.rollouts) from interrupt
         return done

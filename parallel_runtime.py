@@ -522,10 +522,16 @@ class Runtime:
         self._done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
 
 
-def side_by_side(runtimes: Sequence[Runtime], requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
+def side_by_side(
+    runtimes: Sequence[Runtime],
+    requests: Sequence[Request],
+    seed: Sequence[int],
+    tell: Callable[[], None] | None = None,
+) -> list[Rollout]:
     """All rollouts, in the order of `requests`: each runtime runs an equal share, in a host thread of its own.
 
-    Raises Interrupted, with those that are done, on Ctrl-C, and whatever a runtime raises.
+    `tell` is called after each rollout. Raises Interrupted, with those that are done, on Ctrl-C, and whatever a
+    runtime raises.
     """
     finished: dict[int, Rollout] = {}
     leave = threading.Event()
@@ -534,6 +540,8 @@ def side_by_side(runtimes: Sequence[Runtime], requests: Sequence[Request], seed:
         share = requests[first :: len(runtimes)]
         for number, rollout in runtimes[first].stream(share, seed):
             finished[first + number * len(runtimes)] = rollout
+            if tell:
+                tell()
             if leave.is_set():
                 return
 

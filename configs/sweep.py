@@ -61,12 +61,13 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
     # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
     drawn: dict[str, tuple] = {"model.temperature": (1.0,), "sampler.temperature": (1.0,)}
+    alone: dict[str, tuple] = {"evaluation.concurrent": (1,), "sampler.temperature": (0.0,)}
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
         (trained, {**drawn, "sampler.temperature": budgets.temperatures}),
         (("SoS+", "SoS+ RL"), {**drawn, "evaluation.samples": budgets.samples[:1]}),
         (("APR", "APR RL"), {**drawn, "evaluation.samples": budgets.samples[1:]}),
-        (trained, {"evaluation.concurrent": (1,)}),
-        (("APR in turn",), {"evaluation.concurrent": (1,), "sampler.rows": (2,), "sampler.lanes": (1,)}),
+        (trained, alone),
+        (("APR in turn",), {**alone, "sampler.rows": (2,), "sampler.lanes": (1,)}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads}),
         (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads[-1:], **drawn}),
         (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),

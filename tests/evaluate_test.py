@@ -469,7 +469,9 @@ def test_rollouts_in_flight_change_no_result(scripted):
     """One problem at a time, five, all."""
     calls = []
     for concurrent in (1, 5, 0):
-        rollouts = scripted.solve(None, scripted.test_set(), 1, concurrent)
+        told: list[bool] = []
+        rollouts = scripted.solve(None, scripted.test_set(), 1, concurrent, lambda told=told: told.append(True))
+        assert len(told) == 16
         calls.append([(r.problem, [call.sampled for t in r.threads() for call in t.calls]) for r in rollouts])
     assert calls[0] == calls[1] == calls[2] and len(calls[0]) == 16
 

@@ -162,7 +162,7 @@ class Scripted(Experiment):
         super().__init__(config)
         self.right, self.asked = right, []
 
-    def rollouts(self, params, temperature, requests, seed):
+    def rollouts(self, params, temperature, requests, seed, tell=None):
         self.asked.append((temperature, [request.problem for request in requests], tuple(seed)))
         call = lambda: Call(0, [1], [2], [-1.0], END)
         return [

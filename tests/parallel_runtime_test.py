@@ -575,7 +575,9 @@ def test_lanes_do_the_work_of_one_runtime_each_an_equal_share(lanes: int) -> Non
     _, runtime, requests = start(echo, "p:", "q:", "r:", "s:", "t:")
     expected = runtime.run(requests, SEED)
     started = [start(echo, rows=1) for _ in range(lanes)]
-    assert same(pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED)) == same(expected)
+    told: list[bool] = []
+    rollouts = pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED, lambda: told.append(True))
+    assert same(rollouts) == same(expected) and len(told) == 5
     shares = [len(scripted.calls) for scripted, _, _ in started]
     assert sum(shares) == 5 and max(shares) - min(shares) <= 1
 
