@@ -41,9 +41,10 @@ from charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style,
 from viewer import page, page_data, read_trace
 from workdir import UsageError, launch, usage_errors
 
-# Label -> colour (Okabe and Ito's) and marker.
+# Label -> colour (Okabe and Ito's, and their grey) and marker. What a method is compared with has its marker.
 LOOKS = {
     "SoS": ("#000000", "v"),
+    "SoS RL": ("#999999", "<"),
     "SoS+": ("#E69F00", "s"),
     "SoS+ RL": ("#D55E00", "D"),
     "SoS+ asked": ("#F0E442", "P"),
@@ -51,8 +52,12 @@ LOOKS = {
     "APR RL": ("#009E73", "^"),
     "APR asked": ("#56B4E9", "h"),
     "APR asked RL": ("#CC79A7", "X"),
+    "SoS+ wide": ("#8B4513", "s"),
+    "APR text": ("#6A3D9A", "o"),
+    "APR inherit": ("#1F3A5F", "o"),
+    "APR in turn": ("#5F9EA0", "o"),
 }
-SPARE_MARKERS = "<>pd*8"  # of labels that are not ours
+SPARE_MARKERS = ">pd*8"  # of labels that are not ours
 GREY = "#808080"
 KINDS: dict[str, Style] = {
     ARROW: {},

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 # Label -> name of its run; tables and legends keep this order.
 RUNS = {
     "SoS": "sos",
+    "SoS RL": "grpo-sos",
     "SoS+": "sosp",
     "SoS+ RL": "grpo-sosp",
     "SoS+ asked": "sosp-asked",
@@ -58,7 +59,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     budgets = BUDGETS[preset]
     suffix = "" if preset == "laptop" else f"-{preset}"
 
-    pair, trained = ("SoS+", "APR"), ("SoS", "SoS+", "APR", "SoS+ RL", "APR RL")
+    pair, trained = ("SoS+", "APR"), ("SoS", "SoS RL", "SoS+", "SoS+ RL", "APR", "APR RL")
     # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
     drawn: dict[str, tuple] = {"model.temperature": (1.0,), "sampler.temperature": (1.0,)}
     alone: dict[str, tuple] = {"evaluation.concurrent": (1,), "sampler.temperature": (0.0,)}
@@ -68,8 +69,11 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (("APR", "APR RL"), {**drawn, "evaluation.samples": budgets.samples[1:]}),
         (trained, alone),
         (("APR in turn",), {**alone, "sampler.rows": (2,), "sampler.lanes": (1,)}),
-        (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads}),
-        (("APR asked", "APR asked RL"), {"prompt.sub_calls": budgets.threads[-1:], **drawn}),
+        (("APR asked", "APR asked RL"), {**drawn, "sampler.temperature": (0.0,), "prompt.sub_calls": budgets.threads}),
+        (
+            ("APR asked", "APR asked RL"),
+            {**drawn, "sampler.temperature": (0.5, 1.0), "prompt.sub_calls": budgets.threads[-1:]},
+        ),
         (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),
         (pair, {"limits.thread_tokens": budgets.cuts, "limits.answer_tokens": (96,)}),
         (pair, {"limits.extensions": budgets.extensions}),
