@@ -27,6 +27,7 @@ checkpoints or problems are never mixed. `figures.py` draws what it leaves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -140,13 +141,11 @@ def measure(
     """
     config = experiment.config.evaluation
     started = time.monotonic()
-    progress, done = Progress(len(problems) * config.samples, 0, "rollout"), itertools.count(1)
-    try:
+    done = itertools.count(1)
+    with contextlib.closing(Progress(len(problems) * config.samples, 0, "rollout")) as progress:
         rollouts = experiment.solve(
             params, problems, config.samples, config.concurrent, lambda: progress.update(next(done))
         )
-    finally:
-        progress.close()
     seconds = time.monotonic() - started
     return summary_of(experiment, params, rollouts, config.samples, seconds, label, step), rollouts
 

@@ -270,13 +270,12 @@ class Progress:
 
     def __init__(self, total: int, start: int, unit: str) -> None:
         self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not sys.stderr.isatty())
-        self._total, self._start, self._step, self._unit = total, start, start, unit
+        self._total, self._start, self._unit = total, start, unit
         self._began = time.monotonic()
 
     def update(self, step: int, text: str | None = None) -> None:
         """Moves to `step`; `text` is shown beside the bar, or printed as a line with the time left."""
-        self._bar.update(step - self._step)
-        self._step = step
+        self._bar.update(step - self._bar.n)
         if text is None:
             return
         if self._bar.disable:
@@ -286,5 +285,5 @@ class Progress:
             self._bar.set_postfix_str(text)
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Ends the bar."""
         self._bar.close()

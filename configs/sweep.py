@@ -60,20 +60,20 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     suffix = "" if preset == "laptop" else f"-{preset}"
 
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS RL", "SoS+", "SoS+ RL", "APR", "APR RL")
-    # GRPO's policy has a temperature of its own, by which the sampler's is multiplied: 1 makes methods comparable.
-    drawn: dict[str, tuple] = {"model.temperature": (1.0,), "sampler.temperature": (1.0,)}
-    alone: dict[str, tuple] = {"evaluation.concurrent": (1,), "sampler.temperature": (0.0,)}
+
+    def at(*temperatures: float) -> dict[str, tuple]:
+        """GRPO's policy has a temperature of its own, which multiplies the sampler's: 1 makes methods comparable."""
+        return {"model.temperature": (1.0,), "sampler.temperature": temperatures}
+
+    alone = {**at(0.0), "evaluation.concurrent": (1,)}
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [
-        (trained, {**drawn, "sampler.temperature": budgets.temperatures}),
-        (("SoS+", "SoS+ RL"), {**drawn, "evaluation.samples": budgets.samples[:1]}),
-        (("APR", "APR RL"), {**drawn, "evaluation.samples": budgets.samples[1:]}),
+        (trained, at(*budgets.temperatures)),
+        (("SoS+", "SoS+ RL"), {**at(1.0), "evaluation.samples": budgets.samples[:1]}),
+        (("APR", "APR RL"), {**at(1.0), "evaluation.samples": budgets.samples[1:]}),
         (trained, alone),
         (("APR in turn",), {**alone, "sampler.rows": (2,), "sampler.lanes": (1,)}),
-        (("APR asked", "APR asked RL"), {**drawn, "sampler.temperature": (0.0,), "prompt.sub_calls": budgets.threads}),
-        (
-            ("APR asked", "APR asked RL"),
-            {**drawn, "sampler.temperature": (0.5, 1.0), "prompt.sub_calls": budgets.threads[-1:]},
-        ),
+        (("APR asked", "APR asked RL"), {**at(0.0), "prompt.sub_calls": budgets.threads}),
+        (("APR asked", "APR asked RL"), {**at(0.5, 1.0), "prompt.sub_calls": budgets.threads[-1:]}),
         (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),
         (pair, {"limits.thread_tokens": budgets.cuts, "limits.answer_tokens": (96,)}),
         (pair, {"limits.extensions": budgets.extensions}),

@@ -1,5 +1,6 @@
 """Evaluation: intervals, summaries, the held-out sets, problems files, and the command on one problem."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -184,6 +185,33 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
         assert result["correct"] == expected[tuple(result["numbers"]), result["target"]]
     assert (tmp_path / "eval.json").read_text() == "[]"
     assert "interrupted: 5 rollouts are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, monkeypatch, stopped):
+    seen = []
+
+    class Bar:
+        def __init__(self, total, start, unit):
+            seen.append((total, start))
+
+        def update(self, step):
+            seen.append(step)
+            if stopped and step == 5:
+                raise KeyboardInterrupt
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setattr(evaluate, "Progress", Bar)
+    ended = False
+    with contextlib.suppress(parallel_runtime.Interrupted):
+        evaluate.measure(scripted, None, scripted.test_set(), "APR", 7)
+        ended = True
+    assert ended != stopped
+    counts = seen[1:-1]
+    assert seen[0] == (16, 0) and seen[-1] == "closed"
+    assert 5 in counts if stopped else sorted(counts) == [*range(1, 17)]
 
 
 def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_path):

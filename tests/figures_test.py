@@ -14,7 +14,7 @@ import figures
 import measures
 import tables
 from charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line, Log
-from configs import apr
+from configs import apr, sweep
 from experiment import Experiment
 from workdir import UsageError
 
@@ -382,6 +382,7 @@ def test_training_curves_by_hand():
 
 def test_a_label_looks_the_same_everywhere_and_unlike_others():
     assert len({*figures.LOOKS.values()}) == len({color for color, _ in figures.LOOKS.values()}) == len(figures.LOOKS)
+    assert {*figures.LOOKS} == {*sweep.RUNS, *sweep.COMPARED}
     spare = {figures.look(f"method {number}") for number in range(100)}
     assert len(spare) > 30 and not spare & {*figures.LOOKS.values()}
     assert figures.look("mine") == figures.look("mine") and figures.look("APR") == figures.LOOKS["APR"]

@@ -219,6 +219,15 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
     assert err == ""
 
 
+def test_a_bar_ends_where_it_was_told_in_whatever_order_lanes_told_it(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(total=10, start=4, unit="rollout")
+    for step in (5, 7, 6, 10):
+        progress.update(step)
+    assert progress._bar.n == 10
+    progress.close()
+
+
 # ------------------------------------------------------------------- bad commands
 
 
