@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, monkeypatch, stopped):
-    seen = []
+    seen: list[Any] = []
 
     class Bar:
         def __init__(self, total, start, unit):
