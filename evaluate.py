@@ -28,6 +28,7 @@ checkpoints or problems are never mixed. `figures.py` draws what it leaves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -63,15 +64,36 @@ EXCLUSIVE = {  # flag -> flags that would change nothing beside it
 ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
 
 
-def demonstrators_accuracy(experiment: Experiment, problems: Sequence[Problem]) -> float:
-    """Share of these problems that one demonstration each solves."""
-    seed = experiment.config.evaluation.seed
-    solved = 0
-    for index, problem in enumerate(problems):
-        rng = random.Random(f"demonstrator {seed} {index}")
-        trace = solver.demonstrate(problem, experiment.demonstrator, rng)
-        solved += solver.record(problem, trace, experiment.task).grade.correct
-    return solved / len(problems)
+def demonstrators(experiment: Experiment, problems: Sequence[Problem]) -> list[dict[str, float]]:
+    """What one demonstration of each problem does, beam by beam.
+
+    An entry holds `beam`, `accuracy` (the share solved within the model's context), `solved` (in any context), and
+    the means `children` and `total_tokens`.
+    """
+    entries = []
+    for beam in range(experiment.demonstrator.beam[0], experiment.demonstrator.beam[1] + 1):
+        config = dataclasses.replace(experiment.demonstrator, beam=(beam, beam))
+        rollouts = []
+        for index, problem in enumerate(problems):
+            trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))
+            rollouts.append(solver.record(problem, trace, experiment.task))
+        costs = [parallel_runtime.metrics(rollout) for rollout in rollouts]
+        fits = [cost["longest_context"] <= experiment.config.model.context for cost in costs]
+        solved = [rollout.grade.correct for rollout in rollouts]
+        means = {name: float(np.mean([cost[name] for cost in costs])) for name in ("children", "total_tokens")}
+        both = float(np.mean(np.logical_and(fits, solved)))
+        entries.append({"beam": beam, "accuracy": both, "solved": float(np.mean(solved)), **means})
+    return entries
+
+
+def at_equal_compute(entries: Sequence[dict[str, float]], spent: dict[str, typing.Any]) -> float:
+    """Accuracy of the demonstrator where it spends what the model spends: children (of SoS and SoS+ tokens).
+
+    Between two beams it is interpolated; below the smallest and above the largest it is theirs.
+    """
+    name = "children" if any(entry["children"] for entry in entries) else "total_tokens"
+    points = sorted((entry[name], entry["accuracy"]) for entry in entries)
+    return float(np.interp(spent[name], *zip(*points, strict=True)))
 
 
 def budget(config: ConfigDict) -> str:
@@ -102,19 +124,6 @@ def kept(experiment: Experiment, rollouts: Sequence[Rollout]) -> dict[str, typin
     return None
 
 
-def check_held_out(config: ConfigDict, stored: dict[str, typing.Any]) -> None:
-    """Raises ValueError if problems that `config` evaluates on chose the parameters of the run with config `stored`.
-
-    Those come after the run's own test set (`Experiment.validation_set`).
-    """
-    wanted, own = config.evaluation.problems, stored["evaluation"]["problems"]
-    if wanted > own and config.problems.to_dict() == stored["problems"]:
-        raise ValueError(
-            f"evaluation.problems={wanted}: all but the first {own} held-out problems chose this run's parameters; "
-            "ask for fewer, or give others with --problems"
-        )
-
-
 def fingerprint(params: typing.Any) -> str:
     """Eight hexadecimal digits that differ where any parameter does."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -125,6 +134,12 @@ def problem_set(problems: Sequence[Problem]) -> str:
     """The same of problems and their order."""
     text = repr([(problem.numbers, problem.target) for problem in problems])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def failures(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> tuple[list[str], dict[str, float]]:
+    """By what fault each rollout failed ("" if it did not), and the share of each kind, the most frequent first."""
+    kinds = [fault.kind if (fault := verifier.explain(rollout, tokenizer)) else "" for rollout in rollouts]
+    return kinds, {kind: count / len(kinds) for kind, count in Counter(filter(None, kinds)).most_common()}
 
 
 def warm_up(experiment: Experiment, params: typing.Any, problems: Sequence[Problem]) -> None:
@@ -162,7 +177,9 @@ def summary_of(
     """What eval.json says of rollouts, `samples` of each problem one after another."""
     config = experiment.config
     problems = [group[0].problem for group in measures.grouped(rollouts, samples)]
-    failures = [fault.kind if (fault := verifier.explain(r, experiment.tokenizer)) else "" for r in rollouts]
+    measured = measures.summarize(rollouts, samples, seconds)
+    beams = demonstrators(experiment, problems)
+    kinds, shares = failures(rollouts, experiment.tokenizer)
     return {
         "label": label,
         "method": config.demonstrator.method,
@@ -173,11 +190,12 @@ def summary_of(
         "sampling": {"top_k": config.sampler.top_k, "top_p": config.sampler.top_p},
         "context": config.model.context,
         "concurrent": config.evaluation.concurrent,
-        **measures.summarize(rollouts, samples, seconds),
+        **measured,
         "kept": kept(experiment, rollouts),
-        "failures": {kind: count / len(failures) for kind, count in Counter(filter(None, failures)).most_common()},
+        "failures": shares,
         "windows": measures.windows(rollouts, config.model.context, samples),
-        "demonstrator": demonstrators_accuracy(experiment, problems),
+        "demonstrator": at_equal_compute(beams, measured),
+        "demonstrator_beams": beams,
         "family": dict(config.problems),
         "training_seed": config.seed,
         "seed": config.evaluation.seed,
@@ -195,7 +213,7 @@ def summary_of(
                 "failure": failure,
                 **parallel_runtime.metrics(rollout),
             }
-            for rollout, failure in zip(rollouts, failures, strict=True)
+            for rollout, failure in zip(rollouts, kinds, strict=True)
         ],
     }
 
@@ -253,7 +271,7 @@ def table(summary: dict) -> str:
     rows = [
         ("accuracy", f"{summary['accuracy']:.3f}  (95 % {low:.3f}-{high:.3f}, {summary['correct']}/{rollouts})"),
         ("samples of a problem together", "  ".join(together)),
-        ("demonstrator, same problems", f"{summary['demonstrator']:.3f}"),
+        ("demonstrator at equal compute", f"{summary['demonstrator']:.3f}"),
         ("failures", "  ".join(f"{kind}: {n:.3f}" for kind, n in [*summary["failures"].items()][:4]) or "none"),
         ("child threads per problem", f"{summary['children']:.2f}"),
         ("total tokens per problem", f"{summary['total_tokens']:.0f}"),
@@ -342,11 +360,15 @@ def solve_one(experiment: Experiment, params: typing.Any, problem: Problem) -> R
 
 
 def heldout(experiment: Experiment, params: typing.Any) -> dict[str, float]:
-    """Accuracy with its interval, and children per problem, on the problems that choose the best parameters."""
+    """What the problems that choose the best parameters say.
+
+    Accuracy with its interval, children per problem, and the share of the problems that failed by each kind of fault.
+    """
     rollouts = experiment.solve(params, experiment.validation_set())
     accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
-    return {"accuracy": accuracy, "low": low, "high": high, "children": children}
+    shares = {f"failed_{kind}": share for kind, share in failures(rollouts, experiment.tokenizer)[1].items()}
+    return {"accuracy": accuracy, "low": low, "high": high, "children": children, **shares}
 
 
 # ------------------------------------------------------------------- sweeps
@@ -379,7 +401,6 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
             try:
                 config.update_from_flattened_dict({**changes, **dict(zip(entry["grid"], values, strict=True))})
                 Experiment(config)  # raises where the values cannot work
-                check_held_out(config, stored)
                 found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), config))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
@@ -462,8 +483,6 @@ def main(_: list[str]) -> None:
     source = pathlib.Path(args.workdir or PRETRAINED)
     with usage_errors():
         experiment = Experiment(args.config)
-        if not args.problems:
-            check_held_out(args.config, read_config(source))
         if (args.numbers is None) != (args.target is None):
             raise UsageError("--numbers and --target go together")
         one = args.numbers is not None

@@ -36,7 +36,13 @@ class Experiment:
         self.tokenizer = Tokenizer(config.number_limit)
         self.family = ProblemRange(**config.problems)
         self.demonstrator = DemonstratorConfig(
-            d.method, (d.beam_low, d.beam_high), d.sub_beam_high, d.spawn_probability, d.condition, d.token_bin
+            d.method,
+            (d.beam_low, d.beam_high),
+            d.sub_beam_high,
+            d.spawn_probability,
+            d.condition,
+            d.token_bin,
+            d.order,
         )
         self.model_config = ModelConfig(vocab_size=self.tokenizer.vocab_size, **config.model)
         self.model = Decoder(self.model_config)
@@ -87,7 +93,7 @@ class Experiment:
         for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
             if config.model[field] % mesh[axis]:
                 raise ValueError(f"model.{field}={config.model[field]} must be a multiple of mesh.{axis}={mesh[axis]}")
-        problems = self._held_out()
+        problems = self.test_set() + self.validation_set()
         if (longest := max(len(self.task.prompt(problem)) for problem in problems)) >= config.model.context:
             raise ValueError(
                 f"model.context={config.model.context} is too small for a prompt of {longest} ids: raise it"
@@ -119,16 +125,12 @@ class Experiment:
         return solver.demonstration(self.family, self.demonstrator, self.variant, split, seed, index)
 
     def test_set(self) -> tuple[Problem, ...]:
-        """Held-out problems of the final evaluation. They choose nothing: see `validation_set`."""
-        return self._held_out()[: self.config.evaluation.problems]
+        """Held-out problems of the final evaluation: they choose nothing."""
+        return solver.problems_of(self.family, "heldout", self.config.evaluation.problems)
 
     def validation_set(self) -> tuple[Problem, ...]:
-        """Held-out problems that choose the best checkpoint; disjoint from the test set."""
-        return self._held_out()[self.config.evaluation.problems :]
-
-    def _held_out(self) -> tuple[Problem, ...]:
-        count = self.config.evaluation.problems + self.config.train.eval_problems
-        return solver.held_out_set(self.family, count)
+        """Problems that choose the best checkpoint."""
+        return solver.problems_of(self.family, "validation", self.config.train.eval_problems)
 
     def _sampler_mesh(self) -> Mesh:
         """This process's devices: rows share nothing, so that every device is one more for the axis "data"."""

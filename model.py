@@ -331,9 +331,14 @@ _SPECS = {
 }
 
 
-def param_specs(params: typing.Any) -> typing.Any:
-    """PartitionSpec over the mesh axes ("data", "fsdp", "tensor") for every leaf of a parameter tree.
+# The kernels, and how many of their leading axes are contracted.
+MATRICES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
-    "tensor" must divide kv_heads and mlp_width, "fsdp" the width.
+
+def param_spec(path: tuple[typing.Any, ...]) -> PartitionSpec:
+    """Spec over the mesh axes ("data", "fsdp", "tensor") of the leaf at a path of a tree of parameters.
+
+    Trees that hold parameters under their names, such as an optimizer's moments, are served alike; other leaves are
+    replicated. "tensor" must divide kv_heads and mlp_width, "fsdp" the width.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: _SPECS[path[-1].key], params)
+    return _SPECS.get(getattr(path[-1], "key", None), PartitionSpec()) if path else PartitionSpec()

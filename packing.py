@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -126,36 +126,45 @@ def _call_alone(thread: Thread, number: int) -> Thread:
     return Thread(thread.path, [Call(0, before[: call.keep] + call.injected, call.sampled, call.logprobs)])
 
 
-class Packer:
-    """Fills `rows` x `length` tokens with segments, first fit."""
+class Sized(typing.Protocol):
+    """Anything with a length in tokens."""
 
-    def __init__(self, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        self.clear()
+    def __len__(self) -> int: ...
 
-    def clear(self) -> None:
-        """Empties all rows."""
-        self._free = [self.length] * self.rows
-        self._placed: list[tuple[int, int, Segment]] = []
 
-    def add(self, segment: Segment) -> bool:
-        """Places the segment in the first row with room for it; False if there is none."""
-        row = next((row for row, free in enumerate(self._free) if free >= len(segment)), None)
-        if row is None:
-            return False
-        self._placed.append((row, self.length - self._free[row], segment))
-        self._free[row] -= len(segment)
-        return True
+Piece = typing.TypeVar("Piece", bound=Sized)
 
-    def batch(self) -> tuple[TokenBatch, list[tuple[int, slice, Segment]]]:
-        """The rows, with `weight` 1 on sampled ids and no advantage, and where each segment lies."""
-        shape = (self.rows, self.length)
-        own_end = np.broadcast_to(np.arange(1, self.length + 1, dtype=np.int32), shape).copy()
-        zeros = [np.zeros(shape, np.float32) for _ in range(5)]
-        batch = TokenBatch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros)
-        where = []
-        for row, start, segment in self._placed:
-            span = slice(start, start + len(segment))
+
+def take_row(waiting: list[Piece], length: int, refill: Callable[[], None] = lambda: None) -> list[Piece]:
+    """Takes the pieces of one row of `length` tokens out of `waiting`: the first, then ever the longest that fits.
+
+    The first is the one that has waited longest, so that none waits for ever. `refill` may append to `waiting`; it
+    is called whenever a piece has been taken. Raises ValueError if the first piece is longer than the row.
+    """
+    row, free, best = [], length, 0
+    while best is not None:
+        piece = waiting.pop(best)
+        if len(piece) > free:
+            raise ValueError(f"a segment of {len(piece)} tokens does not fit rows of {length}")
+        row.append(piece)
+        free -= len(piece)
+        refill()
+        best = max((i for i, p in enumerate(waiting) if len(p) <= free), key=lambda i: len(waiting[i]), default=None)
+    return row
+
+
+def lay_out(rows: Sequence[Sequence[Segment]], length: int) -> tuple[TokenBatch, list[tuple[int, slice, Segment]]]:
+    """Rows of segments as a batch [R, T], with `weight` 1 on sampled ids and no advantage, and where each one lies."""
+    shape = (len(rows), length)
+    own_end = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), shape).copy()
+    zeros = [np.zeros(shape, np.float32) for _ in range(5)]
+    batch = TokenBatch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros)
+    where = []
+    for row, pieces in enumerate(rows):
+        stop = 0
+        for segment in pieces:
+            start, stop = stop, stop + len(segment)
+            span = slice(start, stop)
             batch.tokens[row, span] = segment.tokens
             batch.positions[row, span] = segment.positions
             batch.until[row, span] = np.asarray(segment.until, np.int32) + start
@@ -163,7 +172,7 @@ class Packer:
             batch.weight[row, span] = segment.sampled
             batch.old_logp[row, span] = segment.logprobs
             where.append((row, span, segment))
-        return batch, where
+    return batch, where
 
 
 def pack_all(
@@ -175,14 +184,10 @@ def pack_all(
     longer than a row.
     """
     waiting = sorted(pieces, key=len, reverse=True)
-    if waiting and len(waiting[0]) > length:
-        raise ValueError(f"a segment of {len(waiting[0])} tokens does not fit rows of {length}")
     batches: list[TokenBatch] = []
     where: list[tuple[int, int, slice, Segment]] = []
     while waiting:
-        packer = Packer(rows, length)
-        waiting = [piece for piece in waiting if not packer.add(piece)]
-        batch, placed = packer.batch()
+        batch, placed = lay_out([take_row(waiting, length) if waiting else [] for _ in range(rows)], length)
         where += [(len(batches), *place) for place in placed]
         batches.append(batch)
     return batches, where

@@ -4,7 +4,8 @@
      operation) and ranks the children by a heuristic.
   2. A search takes the best nodes off a heap. For each it lists the best `beam`
      children in random order (that numbers them) and pushes them, best first.
-     A goal met while listing ends the search.
+     A goal met while listing ends the search. `fixed_order` lists them in order of
+     generation instead, and spawns them in that order: a model need not guess it.
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
@@ -93,7 +94,7 @@ _PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
 
 
 def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[tuple[float, str, list[int]]]:
-    """Every child of a state as (cost, operation, numbers left), best first, ties in order of generation.
+    """Every child of a state as (cost, operation, numbers left), in order of generation; low costs are good.
 
     "multiply" sums the distances of the numbers left to the nearest factor >= 2
     of the target; "sum" is the mean distance to the target.
@@ -109,8 +110,12 @@ def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list
         for result, operation in combine(numbers[i], numbers[j]):
             cost = others + (near[result] if result <= target else result - target)
             children.append((cost / size, operation, [*rest, result]))
-    children.sort(key=operator.itemgetter(0))
     return children
+
+
+def best_first(children: list[tuple[float, str, list[int]]]) -> list[tuple[float, str, list[int]]]:
+    """The children of `expand` by cost, ties in order of generation."""
+    return sorted(children, key=operator.itemgetter(0))
 
 
 def state_line(node: Node, target: int) -> str:
@@ -143,6 +148,7 @@ class Search:
     restates = True  # the path is restated after the goal
     gives_up = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
+    fixed_order = False  # children are listed in order of generation, not in random order
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
         self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
@@ -176,11 +182,15 @@ class Search:
         return None
 
     def list_children(self, node: Node) -> tuple[list[Node], Node | None]:
-        """Lists the best children in random order; returns them best first, and the leaf that reached the goal."""
+        """Lists the best children; returns them best first, and the leaf that reached the goal."""
         if len(node.numbers) == 1:
             return [], None
-        options = expand(node.numbers, self.target, self.heuristic)[: self.beam]
-        self.rng.shuffle(options)
+        every = expand(node.numbers, self.target, self.heuristic)
+        options = best_first(every)[: self.beam]
+        if self.fixed_order:
+            options.sort(key=every.index)
+        else:
+            self.rng.shuffle(options)
         children: list[Node] = []
         for cost, operation, numbers in options:
             born = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
@@ -237,7 +247,8 @@ class DepthFirst(Search):
 
     def search(self, root: Node, level: int) -> Node | None:
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
-        kept = [option for option in expand(root.numbers, self.target, self.heuristic) if option[0] <= self.target]
+        every = best_first(expand(root.numbers, self.target, self.heuristic))
+        kept = [option for option in every if option[0] <= self.target]
         for i, (cost, operation, numbers) in enumerate(kept):
             if i:
                 self.lines.append(announce(root, self.target))
@@ -295,9 +306,13 @@ class Parallel(Hybrid):
 
     def hand_out(self, children: list[Node], level: int) -> Node | None:
         """Spawns a thread per child and goes on with the first success."""
+        if self.fixed_order:
+            children = sorted(children, key=lambda child: int(child.id.rpartition(",")[2]))
         self.trace.calls.append("".join(self.lines) + spawn_block([child.id for child in children], level))
         self.lines = []
         searches = [Search(child, self.target, self.sub_beam, self.rng) for child in children]
+        for search in searches:
+            search.fixed_order = self.fixed_order
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)

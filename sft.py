@@ -19,6 +19,8 @@ joined text included, and cuts over-long calls; see `packing.py`.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
 import typing
 
@@ -30,7 +32,7 @@ from ml_collections import config_flags
 import packing
 from evaluate import heldout, report
 from experiment import Experiment
-from packing import Packer, Segment, TokenBatch
+from packing import Segment, TokenBatch, lay_out, take_row
 from parallel_runtime import longest_context
 from train_state import Outputs, TrainState, init_state, make_train_step, placed_state, split
 from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
@@ -42,18 +44,30 @@ def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
 
 
 MOST_LOST = 1000  # demonstrations in a row that may be too long before the config is called hopeless
+LOOK_AHEAD = 64  # segments that wait to be packed: enough to leave next to no token of a row unused
+
+
+@dataclasses.dataclass
+class Waiting:
+    """A segment that waits for room, and where it comes from: piece number `piece` of demonstration `index`."""
+
+    index: int
+    piece: int
+    segment: Segment
+
+    def __len__(self) -> int:
+        return len(self.segment)
 
 
 class DemonstrationStream:
     """Packed demonstrations without end; `cursor` says where it stands and is all it takes to resume.
 
-    The cursor is (next demonstration, first of its segments not yet packed). A
-    segment that fits no row of a batch opens the next one. `overlong_before`
-    counts the demonstrations before the cursor that did not fit the context.
+    Demonstrations are made in the order of their index. Their segments wait in a pool of `LOOK_AHEAD` until they
+    are packed (`packing.take_row`), so that the order of training changes within the pool alone.
     """
 
-    def __init__(self, experiment: Experiment, cursor: tuple[int, int], overlong_before: int = 0) -> None:
-        """Raises ValueError if hardly any demonstration fits the context and rows of the config."""
+    def __init__(self, experiment: Experiment, cursor: dict[str, typing.Any] | None = None) -> None:
+        """Goes on at `cursor`, or starts. Raises ValueError if hardly any demonstration fits the context and rows."""
         config = experiment.config
         if config.train.overlong not in ("drop", "cut"):
             raise ValueError(f"train.overlong must be 'drop' or 'cut', not {config.train.overlong!r}")
@@ -63,55 +77,51 @@ class DemonstrationStream:
                 f"train.rows={config.train.rows} must be a multiple of train.micro_rows={config.train.micro_rows} "
                 f"x {experiment.devices} devices, or fewer and a multiple of the devices"
             )
-        self.experiment, self.overlong = experiment, config.train.overlong
-        self.cursor, self.overlong_before = cursor, overlong_before
-        self._packer = Packer(config.train.rows, config.model.context)
-        self._segments, self._too_long = self._draw(cursor[0])
+        self.experiment = experiment
+        self.used = 0.0  # share of the tokens of the last batch that carry a segment
+        self.drawn, self.overlong = (cursor["drawn"], cursor["overlong"]) if cursor else (0, 0)
+        places = cursor["waiting"] if cursor else []
+        pieces = {index: self._draw(index)[0] for index in {index for index, _ in places}}
+        self._waiting = [Waiting(index, piece, pieces[index][piece]) for index, piece in places]
+        self._refill()
 
     @property
-    def demonstrations(self) -> int:
-        """Demonstrations drawn so far."""
-        return self.cursor[0] + 1
-
-    @property
-    def overlong_seen(self) -> int:
-        """How many of these did not fit the context."""
-        return self.overlong_before + self._too_long
+    def cursor(self) -> dict[str, typing.Any]:
+        """Demonstrations drawn, how many of them overran the context, and the (index, piece) of what waits, as JSON."""
+        places = [[waiting.index, waiting.piece] for waiting in self._waiting]
+        return {"drawn": self.drawn, "overlong": self.overlong, "waiting": places}
 
     def _draw(self, index: int) -> tuple[list[Segment], bool]:
         """Segments of a demonstration, and whether it overran the context."""
         config = self.experiment.config
         rollout = self.experiment.demonstration("train", config.seed, index)
         if too_long := longest_context(rollout.root) > config.model.context:
-            if self.overlong == "drop":
+            if config.train.overlong == "drop":
                 return [], True
             for thread in rollout.threads():
                 packing.cut(thread, config.model.context)
         pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, config.model.context)]
         return pieces, too_long
 
+    def _refill(self) -> None:
+        """Draws demonstrations until the pool is full."""
+        lost = 0
+        while len(self._waiting) < LOOK_AHEAD:
+            segments, too_long = self._draw(self.drawn)
+            self._waiting += [Waiting(self.drawn, piece, segment) for piece, segment in enumerate(segments)]
+            self.drawn, self.overlong = self.drawn + 1, self.overlong + too_long
+            lost = 0 if segments else lost + 1
+            if lost == MOST_LOST:
+                context = self.experiment.config.model.context
+                raise ValueError(f"none of {lost} demonstrations in a row fits model.context={context}: raise it")
+
     def next(self) -> TokenBatch:
         """The next batch, [M, R, T], weighted so that a sum over it is a mean over sampled ids."""
         config = self.experiment.config
-        self._packer.clear()
-        index, offset = self.cursor
-        lost = 0
-        while True:
-            while offset < len(self._segments):
-                if not self._packer.add(self._segments[offset]):
-                    self.cursor = (index, offset)
-                    batch, _ = self._packer.batch()
-                    weight = batch.weight / batch.sampled.sum()
-                    return split(batch._replace(weight=weight), self._micro_rows)
-                offset += 1
-            lost = 0 if self._segments else lost + 1
-            if lost == MOST_LOST:
-                raise ValueError(
-                    f"none of {lost} demonstrations in a row fits model.context={config.model.context}: raise it"
-                )
-            self.overlong_before += self._too_long
-            index, offset = index + 1, 0
-            self._segments, self._too_long = self._draw(index)
+        rows = [take_row(self._waiting, config.model.context, self._refill) for _ in range(config.train.rows)]
+        self.used = sum(map(len, itertools.chain(*rows))) / (config.train.rows * config.model.context)
+        batch, _ = lay_out([[waiting.segment for waiting in row] for row in rows], config.model.context)
+        return split(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)
 
 
 def train(experiment: Experiment, workdir: Workdir, start_params: typing.Any = None) -> None:
@@ -125,11 +135,11 @@ def train(experiment: Experiment, workdir: Workdir, start_params: typing.Any = N
         state = init_state(experiment.model, optimizer, mesh, jax.random.key(config.seed))
     else:
         state = placed_state(optimizer, mesh, start_params)
-    extra: dict[str, typing.Any] = {"cursor": (0, 0), "overlong": 0, "best": -1.0}
+    extra: dict[str, typing.Any] = {"cursor": None, "best": -1.0}
     if (restored := workdir.restore(state)) is not None:
         state, extra = restored
     train_step = make_train_step(experiment.model, optimizer, sft_loss, mesh)
-    stream = DemonstrationStream(experiment, tuple(extra["cursor"]), extra["overlong"])
+    stream = DemonstrationStream(experiment, extra["cursor"])
     start, total = int(state.step), config.optimizer.steps
     progress = Progress(total, start, "step")
     clock, pending = time.monotonic(), []
@@ -145,7 +155,7 @@ def train(experiment: Experiment, workdir: Workdir, start_params: typing.Any = N
             clock, pending = time.monotonic(), []
         if checkpoint:
             _validate(experiment, workdir, state, step, extra)
-            workdir.save(step, state, {**extra, "cursor": stream.cursor, "overlong": stream.overlong_before})
+            workdir.save(step, state, {**extra, "cursor": stream.cursor})
             clock = time.monotonic()
     progress.close()
 
@@ -161,7 +171,8 @@ def _log(workdir: Workdir, step: int, pending: list[dict], since: float, stream:
     config = stream.experiment.config
     values["tokens_per_second"] = len(pending) * config.train.rows * config.model.context / seconds
     values["sampled_tokens"] = sum(m["tokens"] for m in fetched) / len(fetched)
-    values["overlong"] = stream.overlong_seen / stream.demonstrations
+    values["used"] = stream.used
+    values["overlong"] = stream.overlong / stream.drawn
     workdir.log(step, values)
     return values
 
@@ -184,7 +195,7 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     with usage_errors():
         experiment = Experiment(config)
-        DemonstrationStream(experiment, (0, 0)).next()
+        DemonstrationStream(experiment)
     start_params = load_best(config.init, experiment.param_shapes())[0] if config.init else None
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     size = f"{experiment.parameter_count() / 1e6:.2f}M parameters"

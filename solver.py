@@ -4,8 +4,8 @@ Countdown: combine the given numbers, each exactly once, with + - * / to reach
 the target. Symbolic demonstrators search for a solution and write the search
 down; a model trained on the text learns to search (paper section 4).
 
-  1. `problem` draws a solvable problem; training and held-out problems are told
-     apart by a hash of the problem itself, so no seed can mix them.
+  1. `problem` draws a solvable problem; training, validation and held-out problems
+     are told apart by a hash of the problem itself, so no seed can mix them.
   2. `demonstrate` has one of the searches of `search.py` write a `Trace` (text);
      `record` turns it into the `Rollout` that the runtime would have recorded,
      had the model written that text.
@@ -47,10 +47,11 @@ from parallel_runtime import Call, Grade, MalformedSpawn, Rollout, Spawn, Thread
 from search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace, spawn_block, state_line
 from tokenizer import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "validation", "heldout"]
 Method = Literal["sos", "sosp", "apr"]
 METHODS = ("sos", "sosp", "apr")
 JOINS = ("path", "text")
+ORDERS = ("fixed", "random")
 LISTED = 3000  # families with at most this many sets of numbers are listed whole
 LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
 MOST = 6  # numbers of a problem: exact search over more takes too long
@@ -97,10 +98,14 @@ class ProblemRange:
                 raise ValueError(f"range of {name} must satisfy 1 <= low <= high <= {LARGEST}, not {low}..{high}")
 
 
-def is_held_out(numbers: Sequence[int], target: int) -> bool:
-    """Whether a problem is held out (1 in 10): a stable hash of sorted numbers and target, whatever the seed."""
+def split_of(numbers: Sequence[int], target: int) -> Split:
+    """The split of a problem, by a stable hash of sorted numbers and target, whatever the seed.
+
+    One in ten is held out for tests, one in ten chooses checkpoints (validation), the rest is trained on.
+    """
     key = f"{sorted(numbers)} {target}".encode()
-    return hashlib.blake2b(key, digest_size=4).digest()[0] % 10 == 0
+    tenth = hashlib.blake2b(key, digest_size=4).digest()[0] % 10
+    return "heldout" if tenth == 0 else "validation" if tenth == 1 else "train"
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,7 +118,7 @@ def _listing(family: ProblemRange, split: Split) -> tuple[Problem, ...] | None:
         Problem(numbers, target)
         for numbers in itertools.combinations_with_replacement(pool, family.count)
         for target in sorted(_reachable(numbers))
-        if family.target_low <= target <= family.target_high and is_held_out(numbers, target) == (split == "heldout")
+        if family.target_low <= target <= family.target_high and split_of(numbers, target) == split
     )
 
 
@@ -130,7 +135,7 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
             if draw % 1000 == 0:  # the target first, then numbers until they can reach it, but not for ever
                 target = rng.randint(family.target_low, family.target_high)
             numbers = tuple(rng.randint(family.low, family.high) for _ in range(family.count))
-            if is_held_out(numbers, target) == (split == "heldout") and solvable(numbers, target):
+            if split_of(numbers, target) == split and solvable(numbers, target):
                 return Problem(numbers, target)
     if not listing:
         raise ValueError(f"{family} has no solvable problem for the {split} split: widen its ranges")
@@ -139,20 +144,20 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
 
 
 @functools.lru_cache(maxsize=8)
-def held_out_set(family: ProblemRange, n: int) -> tuple[Problem, ...]:
-    """`n` held-out problems, always the same, distinct as sorted numbers and target.
+def problems_of(family: ProblemRange, split: Split, n: int) -> tuple[Problem, ...]:
+    """`n` problems of a split, always the same, distinct as sorted numbers and target.
 
     Raises ValueError saying how many exist if there are fewer.
     """
-    listing = _listing(family, "heldout")
+    listing = _listing(family, split)
     found: dict[str, Problem] = {}
     for index in range(0 if listing is not None and len(listing) < n else 100 * n):
-        drawn = problem(family, "heldout", 0, index)
+        drawn = problem(family, split, 0, index)
         found.setdefault(f"{sorted(drawn.numbers)} {drawn.target}", drawn)
         if len(found) == n:
             return tuple(found.values())
     count = len(found) if listing is None else len(listing)
-    raise ValueError(f"{family} has only {count} held-out problems, {n} were asked for: widen its ranges")
+    raise ValueError(f"{family} has only {count} problems for the {split} split, {n} were asked for: widen its ranges")
 
 
 # ---------------------------------------------------------------- exact search and the grader
@@ -252,6 +257,8 @@ class DemonstratorConfig:
     APR draw theirs from that beam .. `sub_beam_high`. `spawn_probability` is the
     coin of SoS+ and APR. The fraction `condition` of the demonstrations carries
     its budget as a prefix (SoS+: tokens in bins of `token_bin`; APR: children).
+    `order` is that in which a node lists its children (SoS depth-first: best
+    first always): "random", as in the paper, or "fixed".
     """
 
     method: Method
@@ -260,6 +267,7 @@ class DemonstratorConfig:
     spawn_probability: float
     condition: float
     token_bin: int
+    order: str = "random"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -268,6 +276,8 @@ class DemonstratorConfig:
             raise ValueError(f"beam must satisfy 1 <= low <= high, not {self.beam}")
         if self.method == "apr" and self.sub_beam_high < self.beam[1]:
             raise ValueError(f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {self.order!r}")
         for name in ("spawn_probability", "condition"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
@@ -290,6 +300,7 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     else:
         sub_beam = rng.randint(beam, config.sub_beam_high)
         search = Parallel(root, target, beam, rng, config.spawn_probability, sub_beam)
+    search.fixed_order = config.order == "fixed"
     search.run()
     search.trace.prompt = root_prompt(problem, config.method)
     return search.trace

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import parallel_runtime
 from parallel_runtime import Rollout, Thread
+from search import best_first, expand
 from solver import Problem, grade_steps, solvable
 from tokenizer import END, Line, Tokenizer, parse, short
 
@@ -30,7 +31,8 @@ from tokenizer import END, Line, Tokenizer, parse, short
 WRONG_ARITHMETIC = "wrong_arithmetic"  # 7+5=13
 WRONG_STATE = "wrong_state"  # not the numbers, target or node that the operation leaves or the node was generated with
 GOAL_MISSED = "goal_missed"  # the target is called unequal to itself
-# A wasted line: fatal if the target could be reached from its state, but from nothing else that was listed there.
+# A wasted line: fatal if nothing that was listed at its node could reach the target, but one of the best children
+# (by the demonstrators' ranking) that might have stood in the place of the node's wasted lines.
 MALFORMED_LINE = "malformed_line"  # not in the trace language, or for the runtime alone to write
 ILLEGAL_OPERATION = "illegal_operation"  # no natural number results: division by zero or with a remainder, 5-7
 UNAVAILABLE_NUMBER = "unavailable_number"  # an operand is not among the numbers of the state
@@ -164,7 +166,7 @@ class _Reader:
         if self.reached if correct is None else correct:
             self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]
         for fault, node, numbers in self.wasted:
-            fault.fatal |= self._hopeful(numbers) and not any(map(self._hopeful, self.listed[node]))
+            fault.fatal |= self._missed(node, numbers)
 
     def _read_children(self, children: Sequence[Thread]) -> None:
         """Reads the children of a spawn and compares the states they visit."""
@@ -285,6 +287,16 @@ class _Reader:
         self.faults.append(fault)
         if fatal is None:
             self.wasted.append((fault, self.node, self.numbers))
+
+    def _missed(self, node: str, numbers: Sequence[int]) -> bool:
+        """Whether the best children in place of the wasted lines of a node would have been its only hope."""
+        listed = self.listed[node]
+        if not self._hopeful(numbers) or any(map(self._hopeful, listed)):
+            return False
+        best = dict.fromkeys(tuple(sorted(left)) for _, _, left in best_first(expand([*numbers], self.problem.target)))
+        unlisted = [left for left in best if left not in {tuple(sorted(left)) for left in listed}]
+        count = sum(other == node for _, other, _ in self.wasted)
+        return any(map(self._hopeful, unlisted[:count]))
 
     def _hopeful(self, numbers: Sequence[int]) -> bool:
         """Whether the target can be reached from these numbers, if they can be a state of the problem at all."""

@@ -55,7 +55,7 @@ LIMITS = dict(
 def evaluation(preset: str) -> dict[str, int]:
     """How a preset evaluates."""
     return dict(
-        problems=16 if preset == "smoke" else 500,
+        problems={"smoke": 16, "laptop": 865}.get(preset, 1000),  # held out; laptop has no more
         samples=1,  # rollouts of each problem, for pass@k and cons@k
         concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
         seed=0,  # of the draws; the problems are always the same
@@ -83,6 +83,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 spawn_probability=spawn_probability,  # that an expanded node is judged promising
                 condition=0.0,  # share of demonstrations that state their budget in the prompt
                 token_bin=512,  # granularity of SoS+'s token budget; like all here, it seeds the demonstrations
+                order="fixed",  # in which children are listed: of generation; "random" is the paper's
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
             number_limit=10 if preset in ("gpu", "paper") else 500,
@@ -93,9 +94,10 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
                 log_every=max(1, steps // 100),
                 eval_every=eval_every,  # also checkpoints
-                eval_problems=eval_problems,  # held-out problems of an evaluation during training
+                eval_problems=eval_problems,  # validation problems of an evaluation during training
             ),
             optimizer=dict(
+                matrices="adam" if preset == "paper" else "muon",  # the rest is always Adam's
                 learning_rate=learning_rate,
                 end_learning_rate=learning_rate / 100,
                 warmup_steps=warmup_steps,
@@ -104,6 +106,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
                 clip=1.0,
                 beta1=0.9,
                 beta2=0.99,
+                momentum=0.95,  # of Muon
             ),
             threads=dict(
                 join="path",  # what a child hands over: the path it found, or "text", all it wrote

@@ -64,6 +64,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
                 eval_every=p["eval_every"],  # also checkpoints
             ),
             optimizer=dict(  # its steps are grpo.steps x grpo.updates
+                matrices="adam",
                 learning_rate=p["learning_rate"],
                 end_learning_rate=p["learning_rate"] / 10,
                 warmup_steps=0,
@@ -71,6 +72,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
                 clip=1.0,
                 beta1=0.9,
                 beta2=0.99,
+                momentum=0.0,  # of Muon, which is not used
             ),
             prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of; -1 is none
             limits=LIMITS,

@@ -13,7 +13,7 @@ import pytest
 
 import packing
 import parallel_runtime as pr
-from packing import Packer, Segment, TokenBatch, pack_all, segments, splice
+from packing import Segment, TokenBatch, lay_out, pack_all, segments, splice, take_row
 from parallel_runtime import Call, Thread
 
 Where = list[tuple[int, int, slice, Segment]]
@@ -89,9 +89,7 @@ def check_layout(pieces: Sequence[Segment], batches: Sequence[TokenBatch], where
 
 
 def test_the_example_of_the_module_header() -> None:
-    packer = Packer(1, 12)
-    assert packer.add(splice(parent())) and packer.add(splice(Thread((), [Call(0, [X], [X])])))
-    batch, where = packer.batch()
+    batch, where = lay_out([[splice(parent()), splice(Thread((), [Call(0, [X], [X])]))]], 12)
     assert packing.__doc__
     drawn = {
         name: re.search(rf"    {name} +(.*)\n", packing.__doc__) for name in ("row", "position", "until", "sampled")
@@ -108,9 +106,7 @@ def test_the_example_of_the_module_header() -> None:
 
 
 def test_a_spawn_block_is_seen_by_itself_and_by_nothing_after_the_rewind() -> None:
-    packer = Packer(1, 9)
-    packer.add(splice(parent()))
-    batch, _ = packer.batch()
+    batch, _ = lay_out([[splice(parent())]], 9)
     assert seen(batch, 0, 5) == [0, 1, 2, 3, 4, 5]
     assert seen(batch, 0, 6) == [0, 1, 2, 3, 6]
     assert seen(batch, 0, 8) == [0, 1, 2, 3, 6, 7, 8]
@@ -155,28 +151,33 @@ def test_a_call_that_sampled_nothing_needs_no_room() -> None:
     assert segments(Thread((0, 0), [Call(0, [P] * 9, stop=pr.CONTEXT)]), 8) == []
 
 
-def test_the_packer_fills_rows_first_fit() -> None:
-    def piece(length: int) -> Segment:
-        return splice(Thread((), [Call(0, [P], [L] * (length - 1))]))
+def piece(length: int) -> Segment:
+    return splice(Thread((), [Call(0, [P], [L] * (length - 1))]))
 
-    packer = Packer(2, 10)
-    assert [packer.add(piece(length)) for length in (6, 6, 4, 3, 2, 1)] == [True, True, True, True, False, True]
-    _, where = packer.batch()
-    assert [(row, span.start, span.stop) for row, span, _ in where] == [
-        (0, 0, 6),
-        (1, 0, 6),
-        (0, 6, 10),
-        (1, 6, 9),
-        (1, 9, 10),
-    ]
-    packer.clear()
-    batch, where = packer.batch()
-    assert where == [] and not batch.sampled.any() and batch.until[0].tolist() == list(range(1, 11))
-    assert packer.add(piece(10)) and packer.add(piece(10)) and not packer.add(piece(1))
+
+def test_a_row_takes_what_waits_longest_and_then_the_longest_that_fits() -> None:
+    waiting = [piece(length) for length in (4, 7, 3, 5, 1, 6)]
+    assert [len(taken) for taken in take_row(waiting, 11)] == [4, 7]
+    assert [len(left) for left in waiting] == [3, 5, 1, 6]
+    assert [len(taken) for taken in take_row(waiting, 11)] == [3, 6, 1]
+    assert [len(left) for left in waiting] == [5]
+
+
+def test_a_row_sees_what_was_refilled_while_it_was_taken() -> None:
+    waiting, more = [piece(4)], iter([piece(5), piece(2), piece(1)])
+    taken = take_row(waiting, 10, lambda: waiting.extend([next(more)] if len(waiting) < 1 else []))
+    assert [len(taken_piece) for taken_piece in taken] == [4, 5]  # then 2 comes, which does not fit, and stays
+    assert [len(left) for left in waiting] == [2]
+
+
+def test_rows_are_laid_out_one_segment_after_another() -> None:
+    batch, where = lay_out([[piece(6), piece(4)], [], [piece(3)]], 10)
+    assert [(row, span.start, span.stop) for row, span, _ in where] == [(0, 0, 6), (0, 6, 10), (2, 0, 3)]
+    assert not batch.sampled[1].any() and batch.until[1].tolist() == list(range(1, 11))
 
 
 def test_the_fields_of_a_batch_have_the_types_they_say() -> None:
-    batch, _ = Packer(2, 3).batch()
+    batch, _ = lay_out([[], []], 3)
     integers, boolean = ("tokens", "positions", "until"), ("sampled",)
     for name, field in batch._asdict().items():
         assert field.dtype == (np.int32 if name in integers else np.bool_ if name in boolean else np.float32), name
@@ -184,22 +185,14 @@ def test_the_fields_of_a_batch_have_the_types_they_say() -> None:
 
 
 def test_pack_all_packs_tightly_enough() -> None:
-    pieces = [splice(Thread((), [Call(0, [P], [L] * (length - 1))])) for length in (2, 3, 5, 7, 5, 8)]
+    pieces = [piece(length) for length in (2, 3, 5, 7, 5, 8)]
     batches, where = pack_all(pieces, 1, 10)
     check_layout(pieces, batches, where)
     assert len(batches) == 3  # 30 tokens: 8 + 2, 7 + 3, 5 + 5
     assert pack_all([], 2, 10) == ([], [])
 
 
-def test_pack_all_refuses_a_segment_that_fits_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    packers = iter(range(3))
-
-    class Bounded(Packer):
-        def __init__(self, rows: int, length: int) -> None:
-            assert next(packers, None) is not None, "it would go on for ever"
-            super().__init__(rows, length)
-
-    monkeypatch.setattr(packing, "Packer", Bounded)
+def test_pack_all_refuses_a_segment_that_fits_no_row() -> None:
     with pytest.raises(ValueError, match="a segment of 9 tokens does not fit rows of 8"):
         pack_all([splice(parent())], 2, 8)
 

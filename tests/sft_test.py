@@ -123,7 +123,7 @@ def test_the_loss_is_the_weighted_negative_log_likelihood():
 def test_the_mean_over_a_batch_is_over_sampled_ids_whatever_the_rows():
     """A model that gives every id the log-probability -7 has the loss 7, for 1 row and for 3."""
     for rows in (1, 3):
-        batch = sft.DemonstrationStream(Experiment(tiny_config(train__rows=rows)), (0, 0)).next()
+        batch = sft.DemonstrationStream(Experiment(tiny_config(train__rows=rows))).next()
         logp = jnp.full(batch.tokens.shape, -7.0)
         loss, _ = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
         assert float(loss.sum()) == pytest.approx(7.0, rel=1e-5)
@@ -159,30 +159,30 @@ def pieces(rollout: Rollout, length: int) -> list[list[Call]]:
     return result
 
 
-def calls_until(config: ConfigDict, cursor: tuple[int, int]) -> collections.Counter:
-    """What demonstrations sampled before a cursor, each call's ids counted."""
+def calls_until(config: ConfigDict, cursor: dict) -> collections.Counter:
+    """What demonstrations sampled before a cursor, each call's ids counted, without those that wait."""
     counted: collections.Counter = collections.Counter()
-    for index in range(cursor[0] + 1):
+    for index in range(cursor["drawn"]):
         rollout = demonstrated(config, index)
         if parallel_runtime.longest_context(rollout.root) > config.model.context:
             if config.train.overlong == "drop":
                 continue
             for thread in rollout.threads():
                 packing.cut(thread, config.model.context)
-        whole = index < cursor[0]
-        for calls in pieces(rollout, config.model.context)[: None if whole else cursor[1]]:
-            counted.update(tuple(call.sampled) for call in calls if call.sampled)
+        for number, calls in enumerate(pieces(rollout, config.model.context)):
+            if [index, number] not in cursor["waiting"]:
+                counted.update(tuple(call.sampled) for call in calls if call.sampled)
     return counted
 
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
     config = tiny_config(train__overlong=overlong)
-    stream = sft.DemonstrationStream(Experiment(config), (0, 0))
+    stream = sft.DemonstrationStream(Experiment(config))
     seen: collections.Counter = collections.Counter()
     for _ in range(12):
         seen.update(trained_runs(stream.next()))
-    assert stream.cursor[0] > 10
+    assert stream.drawn > 10 and stream.cursor["waiting"]
     expected = calls_until(config, stream.cursor)
     missing, extra = expected - seen, seen - expected
     assert (missing.total(), extra.total()) == (0, 0)
@@ -198,7 +198,7 @@ def test_some_demonstrations_here_spawn_join_and_overrun():
 
 
 def test_the_weights_of_every_batch_sum_to_one():
-    stream = sft.DemonstrationStream(Experiment(tiny_config()), (0, 0))
+    stream = sft.DemonstrationStream(Experiment(tiny_config()))
     for _ in range(5):
         batch = stream.next()
         assert batch.weight.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
@@ -208,23 +208,22 @@ def test_the_weights_of_every_batch_sum_to_one():
 def test_dropped_and_cut_demonstrations_are_counted():
     lengths = [parallel_runtime.longest_context(demonstrated(tiny_config(), i).root) for i in range(200)]
     for overlong in ("drop", "cut"):
-        stream = sft.DemonstrationStream(Experiment(tiny_config(train__overlong=overlong)), (0, 0))
+        stream = sft.DemonstrationStream(Experiment(tiny_config(train__overlong=overlong)))
         for _ in range(4):
             stream.next()
-        drawn = stream.cursor[0] + 1
-        assert stream.demonstrations == drawn
-        assert stream.overlong_seen == sum(length > CONTEXT for length in lengths[:drawn]) > 0
+        assert stream.overlong == sum(length > CONTEXT for length in lengths[: stream.drawn]) > 0
 
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_a_cursor_is_all_it_takes_to_go_on(overlong):
     experiment = Experiment(tiny_config(train__overlong=overlong))
-    stream = sft.DemonstrationStream(experiment, (0, 0))
+    stream = sft.DemonstrationStream(experiment)
     batches, cursors = [], []
     for _ in range(8):
         cursors.append(stream.cursor)
         batches.append(stream.next())
-    assert any(offset for _, offset in cursors), "no batch of this stream ends within a demonstration"
+    assert any(piece for _, piece in cursors[3]["waiting"]), "no batch of this stream ends within a demonstration"
+    cursors = json.loads(json.dumps(cursors))  # as a checkpoint keeps them
     for start, cursor in enumerate(cursors):
         resumed = sft.DemonstrationStream(experiment, cursor)
         jax.tree.map(np.testing.assert_array_equal, resumed.next(), batches[start])
@@ -234,13 +233,13 @@ def test_a_cursor_is_all_it_takes_to_go_on(overlong):
 
 
 def test_other_seeds_give_other_demonstrations():
-    first, second = (sft.DemonstrationStream(Experiment(tiny_config(seed=seed)), (0, 0)).next() for seed in (0, 1))
+    first, second = (sft.DemonstrationStream(Experiment(tiny_config(seed=seed))).next() for seed in (0, 1))
     assert (first.tokens != second.tokens).any()
 
 
 def test_an_unknown_way_with_overlong_demonstrations_is_refused():
     with pytest.raises(ValueError, match=r"train\.overlong must be 'drop' or 'cut', not 'squeeze'"):
-        sft.DemonstrationStream(Experiment(tiny_config(train__overlong="squeeze")), (0, 0))
+        sft.DemonstrationStream(Experiment(tiny_config(train__overlong="squeeze")))
 
 
 # ------------------------------------------------------------------- resume

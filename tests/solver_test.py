@@ -140,7 +140,7 @@ def heuristic_by_definition(name, numbers, target):
 
 
 @pytest.mark.parametrize("name", ["sum", "multiply"])
-def test_expand_lists_every_legal_child_best_first(name):
+def test_expand_makes_every_legal_child_in_order_and_best_first_sorts_them(name):
     rng = random.Random(3)
     for _ in range(60):
         numbers, target = [rng.randint(0, 60) for _ in range(rng.randint(2, 4))], rng.randint(2, 100)
@@ -148,16 +148,36 @@ def test_expand_lists_every_legal_child_best_first(name):
         for i, j in itertools.combinations(range(len(numbers)), 2):
             a, b = numbers[i], numbers[j]
             rest = [x for k, x in enumerate(numbers) if k not in (i, j)]
-            results = [(a + b, "+"), (a * b, "*"), (abs(a - b), "-")]
+            results = [(a + b, "+"), (a * b, "*"), (abs(a - b), "-")]  # in this order
             big, small = (a, b) if a > b else (b, a)
             results += [(big // small, "/")] if small and big % small == 0 else []
             legal += [([*rest, result], sign) for result, sign in results]
         children = search.expand(numbers, target, name)
+        ranked = search.best_first(children)
+        assert ranked == sorted(children, key=lambda child: (child[0], children.index(child)))
         costs = [cost for cost, _, _ in children]
-        assert costs == sorted(costs)
         assert costs == pytest.approx([float(heuristic_by_definition(name, left, target)) for _, _, left in children])
         signs = [next(sign for sign in "+*-/" if sign in operation) for _, operation, _ in children]
-        assert sorted(zip([left for *_, left in children], signs, strict=True)) == sorted(legal)
+        assert [*zip([left for *_, left in children], signs, strict=True)] == legal
+
+
+def test_a_fixed_order_lists_the_same_children_in_order_of_generation_and_spawns_them_so():
+    """The beam of 5 keeps the same five children whatever the order; only their order, and so their ids, differ."""
+    fixed = dataclasses.replace(APR, beam=(5, 5), spawn_probability=1.0, order="fixed")
+    moved = 0
+    for i in range(100):
+        drawn = problem(LAPTOP, "train", 3, i)
+        every = [operation for _, operation, _ in search.expand(list(drawn.numbers), drawn.target)]
+        lists = []
+        for config in (fixed, dataclasses.replace(fixed, order="random")):
+            trace = demonstrate(drawn, config, random.Random(i))
+            lists.append([line.operation for line in parse(trace.calls[0]) if line.kind == "generate"])
+        assert sorted(lists[0]) == sorted(lists[1])
+        assert [every.index(operation) for operation in lists[0]] == sorted(map(every.index, lists[0]))
+        moved += lists[0] != lists[1]
+        nodes = [line.node for line in parse(demonstrate(drawn, fixed, random.Random(i)).calls[0]) if line.kind == "start"]
+        assert nodes == [f"0,{child}" for child in range(len(nodes))]
+    assert moved > 90
 
 
 # ---------------------------------------------------------------- what demonstrations look like
@@ -581,9 +601,12 @@ def key(drawn):
 @pytest.mark.parametrize("family", [PAPER, LAPTOP])
 def test_problems_are_solvable_and_splits_never_meet(family):
     train = [problem(family, "train", seed, i) for seed in range(3) for i in range(150)]
-    held_out = [problem(family, "heldout", seed, i) for seed in range(3) for i in range(60)]
-    assert not {*map(key, train)} & {*map(key, held_out)}
-    for drawn in (*train, *held_out):
+    held_out, validation = (
+        [problem(family, split, seed, i) for seed in range(3) for i in range(60)] for split in ("heldout", "validation")
+    )
+    for one, other in itertools.combinations((train, held_out, validation), 2):
+        assert not {*map(key, one)} & {*map(key, other)}
+    for drawn in (*train, *held_out, *validation):
         assert solver.solvable(drawn.numbers, drawn.target)
         assert len(drawn.numbers) == family.count
         assert all(family.low <= x <= family.high for x in drawn.numbers)
@@ -592,27 +615,26 @@ def test_problems_are_solvable_and_splits_never_meet(family):
     assert any(list(drawn.numbers) != sorted(drawn.numbers) for drawn in train)
 
 
-def test_laptop_family_has_8728_problems_one_in_ten_held_out():
-    train, held_out = (solver._listing(LAPTOP, split) for split in ("train", "heldout"))
-    assert len(train) + len(held_out) == 8728
-    assert 700 < len(held_out) < 1050
-    assert not {*map(key, train)} & {*map(key, held_out)}
+def test_laptop_family_has_8728_problems_two_in_ten_not_trained_on():
+    listings = [solver._listing(LAPTOP, split) for split in ("train", "validation", "heldout")]
+    assert [len(listing) for listing in listings] == [6958, 905, 865] and 6958 + 905 + 865 == 8728
+    assert len({key(drawn) for listing in listings for drawn in listing}) == 8728
 
 
 @pytest.mark.parametrize("family", [PAPER, LAPTOP])
 def test_held_out_set_is_distinct_and_reproducible(family):
-    chosen = solver.held_out_set(family, 100)
+    chosen = solver.problems_of(family, "heldout", 100)
     assert len({*map(key, chosen)}) == 100
-    assert all(solver.is_held_out(drawn.numbers, drawn.target) for drawn in chosen)
-    assert chosen == solver.held_out_set(family, 100) == solver.held_out_set(family, 120)[:100]
+    assert all(solver.split_of(drawn.numbers, drawn.target) == "heldout" for drawn in chosen)
+    assert chosen == solver.problems_of(family, "heldout", 100) == solver.problems_of(family, "heldout", 120)[:100]
 
 
 def test_held_out_set_says_how_many_there_are():
     small = ProblemRange(3, 1, 12, 10, 24)
     exist = len(solver._listing(small, "heldout"))
-    assert len(solver.held_out_set(small, exist)) == exist
-    with pytest.raises(ValueError, match=f"only {exist} held-out problems, {exist + 1} were asked for"):
-        solver.held_out_set(small, exist + 1)
+    assert len(solver.problems_of(small, "heldout", exist)) == exist
+    with pytest.raises(ValueError, match=f"only {exist} problems for the heldout split, {exist + 1} were asked for"):
+        solver.problems_of(small, "heldout", exist + 1)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +646,7 @@ def test_impossible_families_are_refused(family):
         with pytest.raises(ValueError, match="no solvable problem"):
             problem(family, split, 0, 0)
     with pytest.raises(ValueError):
-        solver.held_out_set(family, 1)
+        solver.problems_of(family, "heldout", 1)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,9 @@ import numpy as np
 import optax
 import pytest
 from jax import Array
-from jax.sharding import PartitionSpec
 
-from model import Decoder, ModelConfig, param_specs
-from packing import Packer, Segment, TokenBatch, segments, splice
+from model import Decoder, ModelConfig, param_spec
+from packing import Segment, TokenBatch, lay_out, segments, splice
 from parallel_runtime import Call, Thread, longest_context
 from tests.packing_test import random_thread
 from train_state import (
@@ -44,6 +43,7 @@ from train_state import (
 
 MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, temperature=1.0, dtype="float32"))
 CONFIG = OptimizerConfig(
+    matrices="adam",
     learning_rate=0.1,
     end_learning_rate=0.01,
     warmup_steps=2,
@@ -52,6 +52,7 @@ CONFIG = OptimizerConfig(
     clip=1.0,
     beta1=0.9,
     beta2=0.99,
+    momentum=0.9,
 )
 ROWS, LENGTH = 8, 64  # of a micro-batch
 LONGEST = 20  # no call of the threads trained on here has more ids
@@ -95,14 +96,23 @@ def pack(pieces: Sequence[Segment], rows: int = ROWS) -> list[TokenBatch]:
     """Batches of the pieces in the order given, weighted token by token."""
     waiting, batches = list(pieces), []
     while waiting:
-        packer = Packer(rows, LENGTH)
-        waiting = [piece for piece in waiting if not packer.add(piece)]
-        batch, where = packer.batch()
+        batch, where = lay_out(first_fit(waiting, rows), LENGTH)
         for row, span, segment in where:
             batch.weight[row, span] *= [weight_of(id_) for id_ in segment.tokens]
             batch.advantage[row, span] = advantage_of(segment.thread)
         batches.append(batch)
     return batches
+
+
+def first_fit(waiting: list[Segment], rows: int, length: int = LENGTH) -> list[list[Segment]]:
+    """Takes the pieces that find room, in the order given, each in the first row that has it."""
+    taken: list[list[Segment]] = [[] for _ in range(rows)]
+    for piece in list(waiting):
+        row = next((row for row in taken if sum(map(len, row)) + len(piece) <= length), None)
+        if row is not None:
+            row.append(piece)
+            waiting.pop(next(i for i, other in enumerate(waiting) if other is piece))
+    return taken
 
 
 def whole(length: int = LENGTH) -> list[Segment]:
@@ -221,7 +231,7 @@ def test_a_micro_batch_of_context_alone_does_not_hide_those_after_it() -> None:
 
 
 def test_a_batch_without_sampled_ids_changes_nothing() -> None:
-    empty, _ = Packer(ROWS, LENGTH).batch()
+    empty, _ = lay_out([[]] * ROWS, LENGTH)
     for batch in (stack([empty]), stack([empty], least=2)):
         found, metrics = gradient(batch)
         assert not any(leaf.any() for leaf in jax.tree.leaves(found))
@@ -259,10 +269,8 @@ class Table:
 
 def example() -> TokenBatch:
     """prompt 1 2, sampled 3 4, joined 5 5, sampled 6 with 4 rewound; then a segment of prompt 7 and sampled 8 9."""
-    packer = Packer(1, 12)
-    packer.add(splice(Thread((), [Call(0, [1, 2], [3, 4]), Call(3, [5, 5], [6])])))
-    packer.add(splice(Thread((), [Call(0, [7], [8, 9])])))
-    return packer.batch()[0]
+    joined, other = [Call(0, [1, 2], [3, 4]), Call(3, [5, 5], [6])], [Call(0, [7], [8, 9])]
+    return lay_out([[splice(Thread((), joined)), splice(Thread((), other))]], 12)[0]
 
 
 def test_outputs_are_those_of_the_logits_before_the_token() -> None:
@@ -295,10 +303,9 @@ def test_only_sampled_ids_have_a_gradient() -> None:
 
 def test_injected_ids_are_context_and_never_targets() -> None:
     def loss(*threads_: Thread) -> float:
-        packer = Packer(ROWS, LENGTH)
-        for thread in threads_:
-            assert packer.add(splice(thread))
-        batch, _ = packer.batch()
+        waiting = [splice(thread) for thread in threads_]
+        batch, _ = lay_out(first_fit(waiting, ROWS), LENGTH)
+        assert not waiting
         return float(sft_loss(model_outputs(batch), batch)[0].sum())
 
     def joined(sampled: list[int], join: list[int], rest: list[int]) -> Thread:
@@ -439,10 +446,7 @@ def adam_step() -> typing.Any:
 
 
 def fixed_batch() -> TokenBatch:
-    packer = Packer(4, 32)
-    for thread in threads():
-        packer.add(splice(thread))
-    batch, _ = packer.batch()
+    batch, _ = lay_out(first_fit([splice(thread) for thread in threads()], 4, 32), 32)
     assert batch.sampled.sum() > 40
     return stack([batch._replace(weight=batch.weight / batch.sampled.sum())])
 
@@ -473,27 +477,80 @@ def test_two_runs_are_one_run_of_twice_the_length_bit_for_bit() -> None:
     jax.tree.map(np.testing.assert_array_equal, twice, once)
 
 
-def test_a_fresh_state_is_the_same_on_every_mesh_and_lives_in_parts() -> None:
-    alone = init_state(MODEL, ADAM, make_mesh(1, 1, 1), jax.random.key(3))
-    spread = init_state(MODEL, ADAM, make_mesh(2, 2, 2), jax.random.key(3))
+MUON = make_optimizer(dataclasses.replace(CONFIG, matrices="muon"))
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, MUON])
+def test_a_fresh_state_is_the_same_on_every_mesh_and_lives_in_parts(optimizer: optax.GradientTransformation) -> None:
+    alone = init_state(MODEL, optimizer, make_mesh(1, 1, 1), jax.random.key(3))
+    spread = init_state(MODEL, optimizer, make_mesh(2, 2, 2), jax.random.key(3))
     assert_close(jax.device_get(alone), jax.device_get(spread), 1e-7)
     stepped, *_ = descent(2, 2, 2)(
         start_state(optax.sgd(1.0), initial()), CASES["rows, parameters and heads in parts"]()[0]
     )
-    moments = optax.tree.get(spread.opt_state, "mu"), optax.tree.get(spread.opt_state, "nu")
 
-    def check(spec: PartitionSpec, *leaves: Array) -> None:
-        for leaf in leaves:
-            expected = tuple(
-                size // (2 if axis else 1) for size, axis in zip(leaf.shape, [*spec, *[None] * 4], strict=False)
-            )
-            assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}
+    def check(path: tuple, leaf: Array) -> None:
+        named = [*param_spec(path), *[None] * 4]
+        expected = tuple(size // (2 if axis else 1) for size, axis in zip(leaf.shape, named, strict=False))
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}
 
-    trees = [jax.block_until_ready(tree) for tree in (spread.params, *moments, stepped.params)]
-    jax.tree.map(check, param_specs(spread.params), *trees, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    parts = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(trees)]
-    assert sum(parts) < 0.4 * sum(leaf.size for leaf in jax.tree.leaves(trees))  # in two parts at least, mostly in four
+    trees = jax.block_until_ready((spread, stepped.params))
+    jax.tree.map_with_path(check, trees)
+    leaves = jax.tree.leaves(trees)
+    assert len(leaves) > 2 * len(jax.tree.leaves(spread.params))
+    parts = [leaf.addressable_shards[0].data.size for leaf in leaves]
+    assert sum(parts) < 0.4 * sum(leaf.size for leaf in leaves)  # in two parts at least, mostly in four
     assert int(stepped.step) == 1
+
+
+def test_muon_moves_matrices_along_the_nearest_orthogonal_ones_and_the_rest_by_adam() -> None:
+    """From zero momentum the direction is that of the gradient U S V: about U V, whatever S; its size is told."""
+    rng = np.random.default_rng(0)
+    inputs = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+
+    def gradient_of(path: tuple, leaf: Array) -> np.ndarray:
+        rows = int(np.prod(leaf.shape[: inputs.get(path[-1].key, 1)]))
+        u, s, v = np.linalg.svd(rng.normal(size=leaf.shape).reshape(rows, -1), full_matrices=False)
+        return ((u * np.linspace(0.1, 1, len(s))) @ v).reshape(leaf.shape).astype(np.float32)
+
+    grads = jax.tree.map_with_path(gradient_of, initial())
+    tame = dataclasses.replace(CONFIG, matrices="muon", warmup_steps=0, clip=1e9)
+    optimizer = make_optimizer(tame)
+    updates, _ = optimizer.update(grads, optimizer.init(initial()), initial())
+    adam = make_optimizer(dataclasses.replace(tame, matrices="adam"))
+    others, _ = adam.update(grads, adam.init(initial()), initial())
+
+    def check(path: tuple, update: Array, grad: Array, other: Array) -> None:
+        name = path[-1].key
+        if name not in inputs:
+            np.testing.assert_allclose(update, other, rtol=1e-6)
+            return
+        rows = int(np.prod(grad.shape[: inputs[name]]))
+        u, _, v = np.linalg.svd(grad.reshape(rows, -1), full_matrices=False)
+        within = u.T @ np.asarray(update).reshape(rows, -1) @ v.T / (-0.1 * 0.2 * max(rows, grad.size // rows) ** 0.5)
+        assert (0.6 < np.diag(within)).all() and (np.diag(within) < 1.3).all(), name
+        np.testing.assert_allclose(within - np.diag(np.diag(within)), 0, atol=2e-3)
+
+    jax.tree.map_with_path(check, updates, grads, others)
+
+
+def test_muons_momentum_and_decay() -> None:
+    """Two steps with nesterov: the direction of g2 + m (g2 + m g1); decay shrinks matrices alone."""
+    config = dataclasses.replace(CONFIG, matrices="muon", warmup_steps=0, clip=1e9, weight_decay=0.5, end_learning_rate=0.1)
+    params = {"mlp": {"gate": jnp.eye(3)}, "embedding": jnp.ones((3, 3))}
+    optimizer = make_optimizer(config)
+    still = jax.tree.map(jnp.zeros_like, params)
+    first = {"mlp": {"gate": jnp.diag(jnp.asarray([1.0, 1.0, 0.0]))}, "embedding": still["embedding"]}
+    second = {"mlp": {"gate": jnp.diag(jnp.asarray([-1.0, 0.0, 1.0]))}, "embedding": still["embedding"]}
+    state = optimizer.init(params)
+    updates, state = optimizer.update(first, state, params)
+    assert updates["mlp"]["gate"][2, 2] == pytest.approx(-0.1 * 0.5)  # decay alone
+    assert not updates["embedding"].any()
+    updates, state = optimizer.update(second, state, params)
+    # trace after it: 0.9 (1, 1, 0) + (-1, 0, 1) = (-0.1, 0.9, 1); direction: second + 0.9 trace = (-1.09, 0.81, 1.9)
+    moved = jnp.diag(updates["mlp"]["gate"]) + 0.1 * 0.5
+    assert (jnp.sign(moved) == jnp.asarray([1.0, -1.0, -1.0])).all()
+    assert (jnp.abs(moved) > 0.1 * 0.2 * 3**0.5 * 0.6).all()
 
 
 def test_start_state_takes_the_parameters_and_nothing_else() -> None:

@@ -150,9 +150,10 @@ def test_the_demonstrations_of_this_file_are_right(inherit):
 # ------------------------------------------------------------------- one fault each
 
 LISTED = "Exploring Operation: {0}, Resulting Numbers: {1}\nGenerated Node #0,1: 21:{1} Operation: {0}\n"
+BEST = "Exploring Operation: 18-12=6, Resulting Numbers: [4, 6]\nGenerated Node #0,0: 21:[4, 6] Operation: 18-12=6\n"
 # kind, whether it cost the answer, the demonstration, thread, call, text, what is injected in its place
 FAULTS = {
-    "remainder": ("illegal_operation", True, FAILED, (), 0, SECOND, LISTED.format("18/4=4", "[12, 4]")),
+    "remainder": ("illegal_operation", False, FAILED, (), 0, SECOND, LISTED.format("18/4=4", "[12, 4]")),
     "negative": ("illegal_operation", False, FAILED, (), 0, FIRST, FIRST.replace("12-4", "4-12")),
     "by zero": ("illegal_operation", False, FAILED, (0, 0), 0, "18-8=10", "18/0=10"),
     "7+5=13": ("wrong_arithmetic", True, FAILED, (), 0, SECOND, LISTED.format("12/4=2", "[18, 2]")),
@@ -188,9 +189,27 @@ FAULTS = {
     "join of its own": ("malformed_line", False, FAILED, (0, 0), 0, NOTHING, "<Sub Searches>\n" + NOTHING),
     "budget": ("malformed_line", False, FAILED, (0, 0), 0, NOTHING, "Token Budget: 512 " + NOTHING),
     "duplicate": ("duplicate", False, FAILED, (), 0, SECOND, FIRST.replace("#0,0", "#0,2") + SECOND),
-    "duplicate instead": ("duplicate", True, FAILED, (), 0, SECOND, FIRST.replace("#0,0", "#0,1")),
+    # The best children of the state are 18-12=6, from which 21 cannot be reached, and then SECOND, from which it can.
+    "duplicate instead of the best": ("duplicate", False, FAILED, (), 0, SECOND, FIRST.replace("#0,0", "#0,1")),
     "duplicate, turned": ("duplicate", False, FAILED, (0, 0), 0, NOTHING, "Exploring Operation: 8+18=26, Resulting Numbers: [26]\n" + NOTHING),
 }
+
+
+@pytest.mark.parametrize(
+    ("listed", "wasted", "kind"),
+    [
+        (FIRST, [FIRST], verifier.EXHAUSTED),  # the best child left is BEST, and hopeless
+        (FIRST, [FIRST, FIRST], verifier.DUPLICATE),  # the next is SECOND: from [18, 3] 21 is reached
+        (BEST, [BEST], verifier.DUPLICATE),
+        (BEST, [LISTED.format("18/4=4", "[12, 4]")], verifier.ILLEGAL_OPERATION),
+        (BEST + SECOND, [BEST], verifier.EXHAUSTED),  # it was listed after all
+    ],
+)
+def test_a_wasted_line_costs_the_answer_only_if_the_best_child_in_its_place_would_have_led_there(listed, wasted, kind):
+    rollout = rollout_of(inject(FAILED, (), 0, FIRST + SECOND, listed + "".join(wasted)))
+    faults = [fault for fault in faults_of(rollout) if fault.kind in (verifier.DUPLICATE, verifier.ILLEGAL_OPERATION)]
+    assert len(faults) == len(wasted)
+    assert {fault.fatal for fault in faults} == {kind != verifier.EXHAUSTED}
 
 
 @pytest.mark.parametrize(("kind", "fatal", "texts", "thread", "call", "old", "new"), FAULTS.values(), ids=FAULTS)
