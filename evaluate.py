@@ -46,15 +46,17 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import measures
 import parallel_runtime
 import solver
-import verifier
-from experiment import Experiment
+from analysis import verifier
+from countdown.grader import Problem
+from countdown.language import Tokenizer
+from harness import stats
+from harness.build import Experiment
+from harness.cli import Progress, UsageError, usage_errors
+from harness.processes import launch
+from harness.workdir import load_best, read_config, write_json
 from parallel_runtime import Interrupted, Request, Rollout, Thread
-from solver import Problem
-from tokenizer import Tokenizer
-from workdir import Progress, UsageError, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 EXCLUSIVE = {  # flag -> flags that would change nothing beside it
@@ -93,7 +95,8 @@ def at_equal_compute(entries: Sequence[dict[str, float]], spent: dict[str, typin
     """
     name = "children" if any(entry["children"] for entry in entries) else "total_tokens"
     points = sorted((entry[name], entry["accuracy"]) for entry in entries)
-    return float(np.interp(spent[name], *zip(*points, strict=True)))
+    costs, accuracies = zip(*points, strict=True)
+    return float(np.interp(spent[name], costs, accuracies))
 
 
 def budget(config: ConfigDict) -> str:
@@ -112,15 +115,15 @@ def kept(experiment: Experiment, rollouts: Sequence[Rollout]) -> dict[str, typin
     """How the rollouts kept to the budget they were given; None if they were given none."""
     config, roots = experiment.config, [rollout.root for rollout in rollouts]
     if (asked := config.prompt.sub_calls) >= 0:
-        return measures.adherence([len(r.threads()) - 1 for r in rollouts], asked, asked)
+        return stats.adherence([len(r.threads()) - 1 for r in rollouts], asked, asked)
     if (asked := config.prompt.tokens) >= 0:
         low = asked - config.demonstrator.token_bin + 1
         # The line that states the budget does not count, here as in demonstrations.
         line = len(experiment.tokenizer.encode(experiment.task.root_prefix))
-        return measures.adherence([parallel_runtime.longest_context(root) - line for root in roots], low, asked)
+        return stats.adherence([parallel_runtime.longest_context(root) - line for root in roots], low, asked)
     if config.limits.answer_tokens:
         used = [sum(len(call.sampled) for call in root.calls) for root in roots]
-        return measures.adherence(used, 0, config.limits.thread_tokens + config.limits.answer_tokens)
+        return stats.adherence(used, 0, config.limits.thread_tokens + config.limits.answer_tokens)
     return None
 
 
@@ -176,8 +179,8 @@ def summary_of(
 ) -> dict[str, typing.Any]:
     """What eval.json says of rollouts, `samples` of each problem one after another."""
     config = experiment.config
-    problems = [group[0].problem for group in measures.grouped(rollouts, samples)]
-    measured = measures.summarize(rollouts, samples, seconds)
+    problems = [group[0].problem for group in stats.grouped(rollouts, samples)]
+    measured = stats.summarize(rollouts, samples, seconds)
     beams = demonstrators(experiment, problems)
     kinds, shares = failures(rollouts, experiment.tokenizer)
     return {
@@ -193,7 +196,7 @@ def summary_of(
         **measured,
         "kept": kept(experiment, rollouts),
         "failures": shares,
-        "windows": measures.windows(rollouts, config.model.context, samples),
+        "windows": stats.windows(rollouts, config.model.context, samples),
         "demonstrator": at_equal_compute(beams, measured),
         "demonstrator_beams": beams,
         "family": dict(config.problems),
@@ -365,7 +368,7 @@ def heldout(experiment: Experiment, params: typing.Any) -> dict[str, float]:
     Accuracy with its interval, children per problem, and the share of the problems that failed by each kind of fault.
     """
     rollouts = experiment.solve(params, experiment.validation_set())
-    accuracy, low, high = measures.mean([float(rollout.grade.correct) for rollout in rollouts])
+    accuracy, low, high = stats.mean([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
     shares = {f"failed_{kind}": share for kind, share in failures(rollouts, experiment.tokenizer)[1].items()}
     return {"accuracy": accuracy, "low": low, "high": high, "children": children, **shares}

@@ -40,11 +40,13 @@ from ml_collections import ConfigDict, config_flags
 
 import parallel_runtime
 from evaluate import PRETRAINED, heldout, report
-from experiment import Experiment
+from harness.build import Experiment
+from harness.cli import Progress, UsageError, usage_errors
+from harness.processes import launch
+from harness.workdir import Workdir, load_best, read_config
 from packing import Segment, TokenBatch, pack_all, segments
 from parallel_runtime import Request, Rollout
 from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, placed_state, stack
-from workdir import Progress, UsageError, Workdir, launch, load_best, read_config, usage_errors
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 ESTIMATORS = ("k1", "k2", "k3")

@@ -20,7 +20,7 @@ On a CPU the caller does well to feed a few rows at a time (micro-batches of som
 2,000 tokens: activations stay in the cache and the allocator is left in peace).
 
 Deviations from the paper: Llama, but for its initial weights: embeddings enter at
-unit size and the residual branches start small. Try it: `python benchmarks/train.py`.
+unit size and the residual branches start small. Try it: `python -m benchmarks.train`.
 
 Dimension key, used as name suffixes:
   R rows         T tokens of a row     S slots of a past part    L layers
@@ -341,4 +341,4 @@ def param_spec(path: tuple[typing.Any, ...]) -> PartitionSpec:
     Trees that hold parameters under their names, such as an optimizer's moments, are served alike; other leaves are
     replicated. "tensor" must divide kv_heads and mlp_width, "fsdp" the width.
     """
-    return _SPECS.get(getattr(path[-1], "key", None), PartitionSpec()) if path else PartitionSpec()
+    return _SPECS.get(getattr(path[-1], "key", ""), PartitionSpec()) if path else PartitionSpec()

@@ -153,8 +153,13 @@ class Spawn:
 class Task(typing.Protocol):
     """What the runtime must know of a task. All text is ids already."""
 
-    end_id: int  # sampling it ends the thread
-    spawn_id: int  # sampling it suspends the thread and starts children
+    @property
+    def end_id(self) -> int:
+        """Sampling this id ends the thread."""
+
+    @property
+    def spawn_id(self) -> int:
+        """Sampling this id suspends the thread and starts children."""
 
     def prompt(self, problem: typing.Any) -> list[int]:
         """Prompt of the root thread."""

@@ -31,11 +31,13 @@ from ml_collections import config_flags
 
 import packing
 from evaluate import heldout, report
-from experiment import Experiment
+from harness.build import Experiment
+from harness.cli import Progress, UsageError, usage_errors
+from harness.processes import launch
+from harness.workdir import Workdir, load_best
 from packing import Segment, TokenBatch, lay_out, take_row
 from parallel_runtime import longest_context
 from train_state import Outputs, TrainState, init_state, make_train_step, placed_state, split
-from workdir import Progress, UsageError, Workdir, launch, load_best, usage_errors
 
 
 def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
@@ -79,7 +81,8 @@ class DemonstrationStream:
             )
         self.experiment = experiment
         self.used = 0.0  # share of the tokens of the last batch that carry a segment
-        self.drawn, self.overlong = (cursor["drawn"], cursor["overlong"]) if cursor else (0, 0)
+        self.drawn: int = cursor["drawn"] if cursor else 0
+        self.overlong: int = cursor["overlong"] if cursor else 0
         places = cursor["waiting"] if cursor else []
         pieces = {index: self._draw(index)[0] for index in {index for index, _ in places}}
         self._waiting = [Waiting(index, piece, pieces[index][piece]) for index, piece in places]

@@ -1,27 +1,19 @@
-"""Countdown: problems, the exact grader, demonstrations, and the task the runtime runs.
+"""The symbolic solver of Countdown: problems, exact search, demonstrations, and a command line.
 
-Countdown: combine the given numbers, each exactly once, with + - * / to reach
-the target. Symbolic demonstrators search for a solution and write the search
-down; a model trained on the text learns to search (paper section 4).
+Countdown: combine the given numbers, each exactly once, with + - * / to reach the target. Symbolic
+searches look for a solution and write the search down. A model that is trained on the text learns to
+search (paper section 4).
 
-  1. `problem` draws a solvable problem; training, validation and held-out problems
-     are told apart by a hash of the problem itself, so no seed can mix them.
-  2. `demonstrate` has one of the searches of `search.py` write a `Trace` (text);
-     `record` turns it into the `Rollout` that the runtime would have recorded,
-     had the model written that text.
-  3. `Countdown` is the `parallel_runtime.Task`: spawn block -> prompts of the
-     children, children -> join block, root thread -> `Grade`. Model output is
-     data: strictly matched, never evaluated.
-  4. One exact grader (`grade_steps`) judges demonstrations and rollouts alike.
-  5. Ablations are variants of the task: a join that hands over all that a child
-     wrote, children that inherit their parent's context.
+  1. `problem` draws a solvable problem. A hash of the problem assigns it to the training, validation or
+     held-out split, so no seed can mix the splits.
+  2. `demonstrate` runs one of the searches of `countdown.search`, which writes a `Trace` (text).
+  3. `demonstration` records a trace as the `Rollout` that the runtime would have recorded.
+  4. `solvable` decides by exact search whether a target can be reached. `grade_steps` grades answers.
 
-Deviations from the paper and its released code (see also `search.py`):
-  - Problems of a small family are drawn uniformly among the solvable ones; of a
-    large one, the target first and then numbers until they reach it.
+Deviations from the paper and its released code (see also `countdown.search`):
+  - Problems of a small family are drawn uniformly among the solvable ones. For a large family the target
+    is drawn first, then numbers until they reach it.
   - `Token Budget` is the multiple of the bin that holds the whole trace.
-  - The path a child hands back is the text after its second-to-last `Goal
-    Reached`, as there, but only if it parses and starts at the child's own node.
 
 Run: python solver.py --numbers=22,26,31,53 --target=27 --method=apr --seed=0
 """
@@ -38,64 +30,40 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from absl import flags
 
-import parallel_runtime
-from parallel_runtime import Call, Grade, MalformedSpawn, Rollout, Spawn, Thread
-from search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace, spawn_block, state_line
-from tokenizer import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
+from checks import Checked, at_least, one_of, require, within
+from countdown.grader import LARGEST, MOST, Problem, grade_path
+from countdown.language import Tokenizer
+from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
+from countdown.task import METHODS, Countdown, record, root_prompt
+from parallel_runtime import Rollout
 
 Split = Literal["train", "validation", "heldout"]
-Method = Literal["sos", "sosp", "apr"]
-METHODS = ("sos", "sosp", "apr")
-JOINS = ("path", "text")
 ORDERS = ("fixed", "random")
 LISTED = 3000  # families with at most this many sets of numbers are listed whole
-LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
-MOST = 6  # numbers of a problem: exact search over more takes too long
 
 # ---------------------------------------------------------------- problems
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Reach `target` with every one of `numbers` exactly once; ValueError unless all are positive integers.
-
-    ValueError too if there are so many numbers that exact search, by which all is judged, would take too long.
-    """
-
-    numbers: tuple[int, ...]
-    target: int
-
-    def __post_init__(self) -> None:
-        if not 2 <= len(self.numbers) <= MOST:
-            raise ValueError(f"a problem needs from 2 to {MOST} numbers, not {len(self.numbers)}")
-        for value in (*self.numbers, self.target):
-            if type(value) is not int or not 1 <= value <= LARGEST:
-                raise ValueError(f"numbers and target must be integers from 1 to {LARGEST}, not {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ProblemRange:
+class ProblemRange(Checked):
     """A family of problems: `count` numbers in low..high, targets in target_low..target_high (all inclusive)."""
 
-    count: int
+    section = "problems"
+    count: Annotated[int, within(2, MOST)]
     low: int
     high: int
     target_low: int
     target_high: int
 
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= MOST:
-            raise ValueError(f"count of numbers must be from 2 to {MOST}, not {self.count}")
-        for name, low, high in (
-            ("numbers", self.low, self.high),
-            ("targets", self.target_low, self.target_high),
-        ):
-            if not 1 <= low <= high <= LARGEST:
-                raise ValueError(f"range of {name} must satisfy 1 <= low <= high <= {LARGEST}, not {low}..{high}")
+    def check(self) -> None:
+        """Checks both ranges."""
+        for name, low, high in (("numbers", self.low, self.high), ("targets", self.target_low, self.target_high)):
+            ordered = 1 <= low <= high <= LARGEST
+            require(ordered, f"range of {name} must satisfy 1 <= low <= high <= {LARGEST}, not {low}..{high}")
 
 
 def split_of(numbers: Sequence[int], target: int) -> Split:
@@ -160,7 +128,7 @@ def problems_of(family: ProblemRange, split: Split, n: int) -> tuple[Problem, ..
     raise ValueError(f"{family} has only {count} problems for the {split} split, {n} were asked for: widen its ranges")
 
 
-# ---------------------------------------------------------------- exact search and the grader
+# ---------------------------------------------------------------- exact search
 
 
 @functools.cache
@@ -203,88 +171,33 @@ def solvable(numbers: Sequence[int], target: int) -> bool:
     return False
 
 
-_STEP = re.compile(f"({NUMBER})([-+*/])({NUMBER})=({NUMBER})")
-
-
-def _step_error(a: int, sign: str, b: int, result: int) -> str:
-    """What is wrong with the arithmetic of a step ("" if it is right)."""
-    if sign == "/" and b == 0:
-        return "division by zero"
-    if sign == "/" and a % b:
-        return "division not exact"
-    exact = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a // b
-    return "" if exact == result else "wrong arithmetic"
-
-
-def grade_steps(problem: Problem, steps: Sequence[str]) -> Grade:
-    """Judges steps such as "53-31=22": exact, every number used exactly once, the last result the target."""
-    answer = tuple(steps)
-    available = list(problem.numbers)
-    if not answer:
-        return Grade(False, "no answer", answer)
-    for step in answer:
-        match = _STEP.fullmatch(step)
-        if not match:
-            return Grade(False, f"malformed step: {short(step)}", answer)
-        a, sign, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
-        for operand in (a, b):
-            if operand not in available:
-                return Grade(False, f"{short(operand)} is not available", answer)
-            available.remove(operand)
-        if error := _step_error(a, sign, b, result):
-            return Grade(False, f"{error}: {short(step)}", answer)
-        available.append(result)
-    if len(available) > 1:
-        return Grade(False, f"unused number {short(available[0])}", answer)
-    if available[0] != problem.target:
-        return Grade(False, f"ends at {short(available[0])}, not {problem.target}", answer)
-    return Grade(True, "", answer)
-
-
-def grade_path(problem: Problem, text: str) -> Grade:
-    """Judges a path written as '53-31=22, 22/22=1, 1+26=27'."""
-    return grade_steps(problem, [step.strip() for step in text.split(",")] if text.strip() else [])
-
-
-# ---------------------------------------------------------------- demonstrations as text
+# ---------------------------------------------------------------- demonstrations
 
 
 @dataclasses.dataclass(frozen=True)
-class DemonstratorConfig:
+class DemonstratorConfig(Checked):
     """How demonstrations are made.
 
-    The beam is drawn from `beam` (inclusive) once per problem; the children of
-    APR draw theirs from that beam .. `sub_beam_high`. `spawn_probability` is the
-    coin of SoS+ and APR. The fraction `condition` of the demonstrations carries
-    its budget as a prefix (SoS+: tokens in bins of `token_bin`; APR: children).
-    `order` is that in which a node lists its children (SoS depth-first: best
-    first always): "random", as in the paper, or "fixed".
+    The beam is drawn from `beam` (inclusive) once per problem. The children of APR draw theirs from that
+    beam .. `sub_beam_high`.
     """
 
-    method: Method
+    section = "demonstrator"
+    method: Annotated[str, one_of(*METHODS)]
     beam: tuple[int, int]
     sub_beam_high: int
-    spawn_probability: float
-    condition: float
-    token_bin: int
-    order: str = "random"
+    spawn_probability: Annotated[float, within(0, 1)]  # of the coin of SoS+ and APR
+    condition: Annotated[float, within(0, 1)]  # share of demonstrations that state their budget in the prompt
+    token_bin: Annotated[int, at_least(1)]  # granularity of a token budget (SoS+)
+    order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if not 1 <= self.beam[0] <= self.beam[1]:
-            raise ValueError(f"beam must satisfy 1 <= low <= high, not {self.beam}")
-        if self.method == "apr" and self.sub_beam_high < self.beam[1]:
-            raise ValueError(f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {self.order!r}")
-        for name in ("spawn_probability", "condition"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if self.method == "sos" and self.condition:
-            raise ValueError(f"SoS has no budget to condition on: condition must be 0, not {self.condition}")
-        if self.token_bin < 1:
-            raise ValueError(f"token_bin must be at least 1, not {self.token_bin}")
+    def check(self) -> None:
+        """Checks what depends on the method."""
+        require(1 <= self.beam[0] <= self.beam[1], f"beam must satisfy 1 <= low <= high, not {self.beam}")
+        wide = self.method != "apr" or self.sub_beam_high >= self.beam[1]
+        require(wide, f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
+        conditioned = self.method == "sos" and self.condition
+        require(not conditioned, f"SoS has no budget to condition on: condition must be 0, not {self.condition}")
 
 
 def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random) -> Trace:
@@ -306,224 +219,6 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     return search.trace
 
 
-def root_prompt(problem: Problem, method: Method) -> str:
-    """First lines of a root thread: APR announces its root, SoS and SoS+ only state it."""
-    state = state_line(Node("0", list(problem.numbers), "", 0, "", None), problem.target)
-    return f"Moving to Node #0\n{state}" if method == "apr" else state
-
-
-# ---------------------------------------------------------------- the task, as the runtime sees it
-
-_MOVE = re.compile(f"Moving to Node #({FIELDS['node']})\n")
-# What a thread's text says of nodes: the operations of the current state, and the children generated from it.
-_KNOWN = re.compile(
-    f"Current State: [^\n]*, Operations: (?P<operations>{FIELDS['operations']})\n"
-    f"|^Generated Node #(?P<node>{FIELDS['node']}): (?P<state>{NUMBER}:{FIELDS['numbers']})"
-    f" Operation: (?P<operation>{OPERATION})\n",
-    re.MULTILINE,
-)
-_EXITS = re.compile(f"(?:Exit Sub Search at level {NUMBER}\n)*")  # all that may follow the last goal
-_PATH_KINDS = {"move", "state", "explore", "generate", "goal"}
-
-
-def _known_nodes(text: str) -> dict[str, str]:
-    """Nodes generated in a text -> their state as a state line writes it, without its first words."""
-    nodes: dict[str, str] = {}
-    operations = "[]"
-    for match in _KNOWN.finditer(text):
-        if match["node"] is None:
-            operations = match["operations"]
-        else:
-            before = "" if operations == "[]" else f"{operations[1:-1]}, "
-            nodes[match["node"]] = f"{match['state']}, Operations: [{before}'{match['operation']}']"
-    return nodes
-
-
-class Countdown:
-    """The `parallel_runtime.Task` of Countdown.
-
-    `join` says what a child hands over: the path it found (APR), or all that it
-    wrote, found or not (as in PASTA, arXiv 2502.11517). With `inherit` a child
-    sees all that its parent saw before the spawn (as in ThreadWeaver, arXiv
-    2512.07843), not its own node alone. `sub_calls` and `token_budget` ask for an
-    amount of search by the prefixes that demonstrations with `condition` carry;
-    None asks for nothing.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        method: Method,
-        join: str = "path",
-        inherit: bool = False,
-        sub_calls: int | None = None,
-        token_budget: int | None = None,
-    ):
-        """Raises ValueError for an unknown method or join, or a negative budget."""
-        for name, value, choices in (("method", method, METHODS), ("join", join, JOINS)):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name, budget in (("sub_calls", sub_calls), ("token_budget", token_budget)):
-            if budget is not None and budget < 0:
-                raise ValueError(f"{name} must not be negative, it is {budget}")
-        self.tokenizer, self.method, self.whole, self.inherit = tokenizer, method, join == "text", inherit
-        self.variant = tokenizer, method, join, inherit
-        self.end_id, self.spawn_id, self.call_id = END, tokenizer.id(SPAWN), tokenizer.id(CALL)
-        self.child_prefix = "" if token_budget is None else f"Token Budget: {token_budget} "
-        self.root_prefix = self.child_prefix or ("" if sub_calls is None else f"Sub Call Budget: {sub_calls} ")
-
-    def asking(self, sub_calls: int | None, token_budget: int | None) -> Countdown:
-        """This task with another budget."""
-        return Countdown(*self.variant, sub_calls, token_budget)
-
-    def prompt(self, problem: Problem) -> list[int]:
-        """Prompt of the root thread."""
-        return self.tokenizer.encode(self.root_prefix + root_prompt(problem, self.method))
-
-    def spawn(self, ids: Sequence[int]) -> Spawn:
-        """Reads the spawn block that ends `ids`; raises MalformedSpawn saying what is wrong with it."""
-        start = next((i for i in reversed(range(len(ids))) if ids[i] == self.call_id), None)
-        if start is None:
-            raise MalformedSpawn(f"no {CALL.strip()} before {SPAWN.strip()}")
-        before, block = self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:])
-        if not before.endswith("\n"):
-            raise MalformedSpawn(f"the spawn block does not start a line, it follows {before[-20:]!r}")
-        nodes = self._spawned(before, block)
-        known = _known_nodes(before)
-        for i, node in enumerate(nodes):
-            if node not in known:
-                raise MalformedSpawn(f"node #{short(node)} was never generated")
-            if node in nodes[:i]:
-                raise MalformedSpawn(f"node #{short(node)} is named twice")
-        prompts = [f"Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
-        return Spawn(start, [self.child_prompt(ids[:start], prompt) for prompt in prompts])
-
-    def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
-        """Ids a child is given: its first lines, after its parent's context if it inherits that."""
-        if self.inherit:
-            return [*context, *self.tokenizer.encode(prompt)]
-        return self.tokenizer.encode(self.child_prefix + prompt)
-
-    def _spawned(self, before: str, block: str) -> list[str]:
-        """Nodes that a well-formed spawn block names; raises MalformedSpawn.
-
-        The root spawns at level 1. A child cannot see how deep it is, so any level above is right.
-        """
-        nodes = re.findall(f"> Moving to Node #({FIELDS['node']})\n", block)
-        if not nodes:
-            raise MalformedSpawn("the spawn block names no node")
-        own = _MOVE.search(before)
-        level = re.search(f" at level ({NUMBER})>", block)
-        is_child = own is not None and own[1] != "0" and level is not None and level[1] not in "01"
-        due = spawn_block(nodes, int(level[1]) if level is not None and is_child else 1)
-        for line, expected in itertools.zip_longest(block.splitlines(), due.splitlines()):
-            if line != expected:
-                raise MalformedSpawn(f"spawn block: {short(line)!r} where {expected!r} is due")
-        return nodes
-
-    def join(self, children: Sequence[Thread]) -> list[int]:
-        """Join block: a line per child, each success followed by the child's final path (or each by all its text)."""
-        encode = self.tokenizer.encode
-        ids = encode("<Sub Searches>\n")
-        for i, child in enumerate(children):
-            given = child.calls[0].injected
-            own = [*_MOVE.finditer(self.tokenizer.decode(given))]
-            if not own:
-                raise ValueError(f"the prompt of child {child.path} names no node")
-            where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[-1][1]}>\n"
-            path = self._final_path(child, own[-1][0])
-            ids += encode(f"<Goal Reached {where}" if path else f"<No Solution {where}")
-            if self.whole:  # its very ids: not all that a model samples is what its text encodes to
-                own_ids = [token for token in child.ids()[len(given) :] if token != END]
-                ids += own_ids + encode("\n" * (self.tokenizer.decode(own_ids)[-1:] not in ("", "\n")))
-            else:
-                ids += encode(path)
-        return ids + encode("<End Sub Searches>\n")
-
-    def _final_path(self, child: Thread, first_line: str) -> str:
-        """The path a child restated at its end, from its own node to the goal; "" if it did not."""
-        if child.stop != parallel_runtime.END:
-            return ""
-        parts = self.tokenizer.decode(child.ids()[:-1]).rsplit(GOAL, 2)
-        if len(parts) < 3 or parts[2] or not parts[1].startswith(first_line):
-            return ""
-        try:
-            lines = parse(parts[1] + GOAL)
-        except ValueError:
-            return ""
-        return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
-
-    def answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
-        """Makes a root answer: the goal is claimed after its last whole line (again, where it is already).
-
-        Claiming it plays the part of s1's end-of-thinking delimiter: what a trace says after it is the answer.
-        """
-        goal = self.tokenizer.id(GOAL)
-        if goal in ids:
-            return list(ids).index(goal), [goal]
-        whole = [i for i, token in enumerate(ids) if self.tokenizer.decode([token]).endswith("\n")]
-        claim = self.tokenizer.encode(f"{problem.target},{problem.target}{GOAL}")
-        return whole[-1] + 1, claim
-
-    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
-        """Sends a root that found nothing on, to the first node that it listed and never moved to; None without one.
-
-        The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up.
-        """
-        keep = len(ids) - 1 - (ids[-2] == self.tokenizer.id("No solution found.\n"))
-        text = self.tokenizer.decode(ids[:keep])
-        moved = {*re.findall(f"(?:Moving to|at) Node #({FIELDS['node']})>?\n", text)}
-        left = [node for node in _known_nodes(text) if node not in moved]
-        if not left or GOAL in text or not text.endswith("\n"):
-            return None
-        return keep, self.tokenizer.encode(f"Moving to Node #{left[0]}\n")
-
-    def grade(self, problem: Problem, root: Thread) -> Grade:
-        """Judges the answer of a root thread: the operations of its last state and the one that reached the goal."""
-        if root.stop != parallel_runtime.END:
-            return Grade(False, f"no answer: stopped by {root.stop}")
-        text = self.tokenizer.decode(root.ids()[:-1])
-        end = text.rfind(GOAL) + len(GOAL)
-        if end < len(GOAL) or not _EXITS.fullmatch(text, end):
-            return Grade(False, "no answer")
-        try:
-            state, *lines = parse(text[max(text.rfind("Current State: ", 0, end), 0) : end])
-        except ValueError as error:
-            return Grade(False, f"no answer: {error}")
-        kinds = [line.kind for line in lines]
-        if kinds[-2:] != ["explore", "goal"] or state.kind != "state" or {*kinds} - _PATH_KINDS - {"miss"}:
-            return Grade(False, "no answer: no operation reaches the goal from a state")
-        return grade_steps(problem, (*state.operations, lines[-2].operation))
-
-
-# ---------------------------------------------------------------- demonstrations as records
-
-
-def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
-    """The `Rollout` the runtime would have recorded, had the model of `task` written `trace`."""
-
-    def thread(trace: Trace, prompt: list[int], path: tuple[int, ...]) -> Thread:
-        result = Thread(path)
-        keep, injected = 0, prompt
-        context: list[int] = []
-        for i, text in enumerate(trace.calls):
-            call = Call(keep, injected, task.tokenizer.encode(text))
-            result.calls.append(call)
-            if i == len(trace.spawns):
-                call.sampled.append(task.end_id)
-                continue
-            call.stop = parallel_runtime.SPAWN
-            context = context[:keep] + injected + call.sampled
-            keep = len(context) - 1 - context[::-1].index(task.call_id)
-            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
-            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
-            injected = task.join(result.spawns[-1])
-        return result
-
-    root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())
-    return Rollout(problem, root, task.grade(problem, root))
-
-
 def demonstration(
     family: ProblemRange, config: DemonstratorConfig, task: Countdown, split: Split, seed: int, index: int
 ) -> Rollout:
@@ -541,10 +236,10 @@ def demonstration(
         else:
             tokens = 1 + len(task.tokenizer.encode("".join([trace.prompt, *trace.calls])))
             token_budget = -(-tokens // config.token_bin) * config.token_bin
-    return record(drawn, trace, task.asking(sub_calls, token_budget))
+    return record(drawn, trace, dataclasses.replace(task, sub_calls=sub_calls, token_budget=token_budget))
 
 
-def stored(rollout: Rollout, method: Method, number_limit: int) -> dict[str, Any]:
+def stored(rollout: Rollout, method: str, number_limit: int) -> dict[str, Any]:
     """What a trace file keeps: the record, and the `Tokenizer`'s limit to read its ids by (see figures.read_trace)."""
     return {"method": method, "number_limit": number_limit, "rollout": dataclasses.asdict(rollout)}
 

@@ -174,7 +174,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
 
     import solver
     from configs import apr
-    from experiment import Experiment
+    from harness.build import Experiment
     from parallel_runtime import longest_context, sequential_tokens
     from sampler import Sampler, SamplerConfig
     from train_state import init_params

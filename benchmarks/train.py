@@ -12,7 +12,7 @@ with a mean of about 110.
 Prints as its last line one JSON object. CPU seconds (user and system) per step
 are there as well: they are the steadier figure on a shared machine.
 
-Run: python -m benchmarks.train
+Run from the root: python -m benchmarks.train
      python -m benchmarks.train --peer=PYTHON  # one with torch and transformers
 """
 
@@ -72,7 +72,8 @@ def ours(args: argparse.Namespace, packed: bool) -> Callable[[], object]:
         dtype="float32",
     )
     mesh = train_state.make_mesh(data=1, fsdp=1, tensor=1)
-    optimizer = train_state.make_optimizer(train_state.OptimizerConfig(1e-3, 1e-4, 1, 1000, 0.1, 1.0, 0.9, 0.95))
+    settings = train_state.OptimizerConfig("adam", 1e-3, 1e-4, 1, 1000, 0.1, 1.0, 0.9, 0.95, 0.0)
+    optimizer = train_state.make_optimizer(settings)
     decoder = model.Decoder(config)
     step = train_state.make_train_step(decoder, optimizer, sft.sft_loss, mesh)
     state = train_state.init_state(decoder, optimizer, mesh, jax.random.key(0))

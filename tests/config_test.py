@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 import evaluate
 import sft
 from configs import apr, common, sos, sosp
-from experiment import Experiment
+from harness.build import Experiment
+from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
 from train_state import init_state, make_train_step
-from workdir import Workdir, load_best, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")

@@ -15,7 +15,7 @@ import pytest
 from absl import app, flags
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
-import workdir
+from harness import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -62,7 +62,7 @@ def command(compilation_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                workdir.launch(module.define_flags, module.main)
+                processes.launch(module.define_flags, module.main)
         except SystemExit as end:
             code = end.code
         finally:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiment import Experiment
-from workdir import load_best, read_config
+from harness.build import Experiment
+from harness.workdir import load_best, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = [

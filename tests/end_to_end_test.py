@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from evaluate import PRETRAINED
-from experiment import Experiment
+from harness.build import Experiment
+from harness.workdir import load_best, read_config
 from parallel_runtime import Fill, Request, Rollout, Runtime, Stopped
 from sampler import Sampler, SamplerConfig
-from workdir import load_best, read_config
 
 NEAR_TIE = 1e-4  # nats between the two best ids: float32 may order them either way
 REQUESTS = 4

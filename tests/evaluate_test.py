@@ -12,15 +12,16 @@ import pytest
 from ml_collections import ConfigDict
 
 import evaluate
-import measures
 import parallel_runtime
 import solver
 from configs import apr
-from experiment import Experiment
+from countdown.grader import Problem
+from harness import stats
+from harness.build import Experiment
+from harness.cli import UsageError
+from harness.workdir import read_config
 from parallel_runtime import Fill, Rollout, Runtime, Stopped
-from solver import Problem
-from tests.measures_test import rollout_of
-from workdir import UsageError, read_config
+from tests.harness.stats_test import rollout_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -39,10 +40,10 @@ def one_device(preset: str) -> ConfigDict:
 
 def test_the_table_names_every_figure():
     rollouts = [rollout_of(True, [20], [], parallel_runtime.END, 40.0)]
-    windows = measures.windows(rollouts, 64, 1)
+    windows = stats.windows(rollouts, 64, 1)
     failures = {"exhausted": 0.5, "duplicate": 0.25, "truncated": 0.0625, "false_goal": 0.03, "wrong_state": 0.01}
-    summary = {**measures.summarize(rollouts, 1, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
-    summary |= {"budget": "3 threads asked", "kept": measures.adherence([3, 2], 3, 3)}
+    summary = {**stats.summarize(rollouts, 1, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
+    summary |= {"budget": "3 threads asked", "kept": stats.adherence([3, 2], 3, 3)}
     text = evaluate.table(summary)
     for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000", "3 threads asked: 0.500, mean 2.5"):
         assert figure in text

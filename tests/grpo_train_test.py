@@ -18,10 +18,11 @@ import solver
 from configs import apr
 from configs import grpo as recipe
 from evaluate import PRETRAINED
-from experiment import Experiment
+from harness.build import Experiment
+from harness.cli import UsageError
+from harness.workdir import Workdir, load_best, read_config
 from parallel_runtime import CONTEXT, END, Call, Grade, Request, Rollout, Thread
 from train_state import TrainState, init_params, init_state, make_mesh, make_train_step, stack
-from workdir import UsageError, Workdir, load_best, read_config
 
 GROUPS, SIZE = 3, 4
 

@@ -18,12 +18,13 @@ import parallel_runtime
 import sft
 import solver
 from configs import apr
-from experiment import Experiment
+from countdown.language import Tokenizer
+from harness.build import Experiment
+from harness.cli import UsageError
+from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
 from parallel_runtime import Call, Rollout
-from tokenizer import Tokenizer
 from train_state import Outputs, init_state
-from workdir import UsageError, Workdir, load_best, read_config
 
 CONTEXT = 384
 WALL_CLOCK = {"tokens_per_second", "heldout_seconds"}

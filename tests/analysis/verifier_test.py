@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verifier
+from analysis import verifier
+from countdown.grader import Problem, grade_steps
+from countdown.language import END, GOAL, Tokenizer
+from countdown.search import Trace, spawn_block
+from countdown.task import Countdown, record
 from parallel_runtime import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
-from search import Trace, spawn_block
-from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, demonstration, grade_steps, record
-from tokenizer import END, GOAL, Tokenizer
+from solver import DemonstratorConfig, ProblemRange, demonstration
 
 TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr")
-REFERENCES = pathlib.Path(__file__).parent / "reference_traces"
+REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 CONFIGS = {
     "apr": DemonstratorConfig("apr", (1, 10), 15, 0.9, condition=0.3, token_bin=512),
     "sosp": DemonstratorConfig("sosp", (1, 5), 0, 0.5, condition=0.3, token_bin=512),

@@ -8,15 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-import charts
 import evaluate
-import figures
-import measures
-import tables
-from charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line, Log
+from analysis import charts, figures, tables
+from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line, Log
 from configs import apr, sweep
-from experiment import Experiment
-from workdir import UsageError
+from harness import stats
+from harness.build import Experiment
+from harness.cli import UsageError
 
 LAPTOP = {"count": 3, "low": 1, "high": 20, "target_low": 10, "target_high": 50}
 ASKED = {"sub_calls": -1, "tokens": -1, "children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
@@ -34,8 +32,8 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
     """An entry of eval.json: of four problems, three solved, if nothing else is said."""
     results = results or [result(bool(right), **(costs or {})) for right in correct]
     samples = fields.get("samples", 1)
-    value, low, high = measures.mean([float(r["correct"]) for r in results])
-    means = {name: sum(r[name] for r in results) / len(results) for name in measures.MEANS}
+    value, low, high = stats.mean([float(r["correct"]) for r in results])
+    means = {name: sum(r[name] for r in results) / len(results) for name in stats.MEANS}
     return {
         "label": label,
         "method": "apr",
@@ -59,6 +57,7 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
         "failures": {},
         "windows": {"128": [0.1, 0.0, 0.2], "512": [0.5, 0.4, 0.6]},
         "demonstrator": 0.66,
+        "demonstrator_beams": [],
         "family": LAPTOP,
         "training_seed": 0,
         "seed": 0,
@@ -305,7 +304,7 @@ def test_solved_within_by_hand():
     second = entry("SoS", results=[result(False, sequential=90, milliseconds=5)])
     (one, two) = charts.sequential([first, second]).panels[""]
     assert bare([one, two]) == [("APR", CURVE, [(0, 0.0), (10, 0.25), (30, 0.5), (90, 0.5)]), ("SoS", CURVE, [(0, 0.0), (90, 0.0)])]
-    assert one.points[1][2:] == measures.wilson(1, 4)
+    assert one.points[1][2:] == stats.wilson(1, 4)
     assert charts.latency([first, second]).panels == {"": []}
     (line,) = charts.latency([{**first, "concurrent": 1}, second]).panels[""]
     assert bare([line]) == [("APR", CURVE, [(0, 0.0), (70, 0.25), (210, 0.5), (280, 0.5)])]
@@ -406,7 +405,7 @@ def rows_of(table):
 
 def test_accuracy_table_by_hand():
     (row,) = rows_of(tables.accuracy_table([entry(), entry(concurrent=1), threads_asked(3)]))
-    low, high = measures.wilson(3, 4)
+    low, high = stats.wilson(3, 4)
     assert row == {
         "method": "APR",
         "temperature": "0",
@@ -462,7 +461,7 @@ def test_forcing_table_by_hand():
 def test_failure_and_cost_tables_by_hand():
     first = entry(correct=(True, False, False, False), failures={"duplicate": 0.25, "wrong_state": 0.5})
     rows = rows_of(tables.failure_table([first, entry("SoS", failures={"duplicate": 0.5})]))
-    low, high = measures.wilson(1, 4)
+    low, high = stats.wilson(1, 4)
     assert [*rows[0]] == ["method", "training seed", "duplicate", "wrong state"]
     assert rows[0]["duplicate"] == f"0.250 ({low:.3f}-{high:.3f})" and rows[1]["wrong state"].startswith("0.000 (")
     alone = entry(concurrent=1, results=[result(True, milliseconds=t) for t in (20.0, 40.0)])

@@ -9,14 +9,15 @@ from collections.abc import Callable
 import pytest
 
 import evaluate
-import figures
 import solver
-import viewer
+from analysis import figures, viewer
+from countdown.grader import Problem
+from countdown.language import Tokenizer
+from countdown.search import Trace, spawn_block
+from countdown.task import Countdown
+from harness.cli import UsageError
 from parallel_runtime import MALFORMED, SPAWN, Call, Grade, Rollout, Thread, sequential_tokens, total_tokens
-from search import Trace
-from solver import Countdown, DemonstratorConfig, Problem
-from tokenizer import Tokenizer
-from workdir import UsageError
+from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
 APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, condition=0, token_bin=512)
@@ -117,7 +118,7 @@ def missed(operation, result):
 
 ROOT = move("0", "[4, 2, 2], Operations: []")
 LISTED = listed("0,0", "4-2=2", [2, 2]) + listed("0,1", "4/2=2", [2, 2]) + listed("0,2", "4+2=6", [2, 6])
-BLOCK = solver.spawn_block(["0,0", "0,2"], 1)
+BLOCK = spawn_block(["0,0", "0,2"], 1)
 FIRST, SECOND = move("0,0", "[2, 2], Operations: ['4-2=2']"), move("0,2", "[2, 6], Operations: ['4+2=6']")
 GOAL = explore("2+6=8", [8]) + "8,8 equal: Goal Reached\n"
 FOUND = SECOND + GOAL

@@ -5,7 +5,7 @@ per second of one process and of two, as text, and with problem generation,
 tokenisation and grading included; demonstrator accuracy; children and tokens
 per problem.
 
-Run: python -m benchmarks.solver --problems=2000
+Run: python -m benchmarks.demonstrations --problems=2000
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 
 import solver
-from tokenizer import Tokenizer
+from countdown.language import Tokenizer
+from countdown.task import Countdown
 
 FAMILY = solver.ProblemRange(count=4, low=1, high=99, target_low=10, target_high=100)
 CONFIGS = {
@@ -39,7 +40,7 @@ def text_rate(start: int, n: int, clock: Callable[[], float] = time.perf_counter
 
 def record_rate(start: int, n: int) -> float:
     """APR demonstrations per second as records: problem, text, ids and grade."""
-    task = solver.Countdown(Tokenizer(number_limit=1000), "apr")
+    task = Countdown(Tokenizer(number_limit=1000), "apr")
     begin = time.perf_counter()
     for i in range(n):
         solver.demonstration(FAMILY, CONFIGS["apr"], task, "train", 0, start + i)
@@ -48,7 +49,7 @@ def record_rate(start: int, n: int) -> float:
 
 def statistics(method: str, n: int) -> dict[str, float]:
     """Accuracy, children and tokens per problem of a demonstrator."""
-    task = solver.Countdown(Tokenizer(number_limit=1000), CONFIGS[method].method)
+    task = Countdown(Tokenizer(number_limit=1000), CONFIGS[method].method)
     rollouts = [solver.demonstration(FAMILY, CONFIGS[method], task, "heldout", 0, i) for i in range(n)]
     calls = [call for rollout in rollouts for thread in rollout.threads() for call in thread.calls]
     return {

@@ -22,10 +22,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import parallel_runtime
+from countdown.grader import Problem, grade_steps
+from countdown.language import END, Line, Tokenizer, parse, short
+from countdown.search import best_first, expand
 from parallel_runtime import Rollout, Thread
-from search import best_first, expand
-from solver import Problem, grade_steps, solvable
-from tokenizer import END, Line, Tokenizer, parse, short
+from solver import solvable
 
 # A line that should have been another: fatal if the target could be reached from what that says.
 WRONG_ARITHMETIC = "wrong_arithmetic"  # 7+5=13

@@ -14,10 +14,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import sft
-import workdir
-from workdir import Progress, UsageError, Workdir
+from harness import workdir
+from harness.cli import Progress, UsageError
+from harness.workdir import Workdir
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMOKE = ("--config=configs/apr.py:smoke", "--config.mesh.data=1")
 
 

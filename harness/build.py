@@ -7,23 +7,24 @@ disk, so that a bad value is one sentence and nothing is half done.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import typing
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import solver
+from countdown.grader import Problem
+from countdown.language import Tokenizer
+from countdown.task import Countdown
+from harness.processes import gather, local
 from model import Decoder, ModelConfig
 from parallel_runtime import Interrupted, Limits, Request, Rollout, Runtime, Thread, side_by_side
 from sampler import Sampler, SamplerConfig
-from solver import Countdown, DemonstratorConfig, Problem, ProblemRange, Split
-from tokenizer import Tokenizer
+from solver import DemonstratorConfig, ProblemRange, Split
 from train_state import OptimizerConfig, init_params, make_mesh, make_optimizer
 
 
@@ -51,8 +52,9 @@ class Experiment:
         told = {name: None if value == -1 else value for name, value in config.prompt.items()}
         if None not in told.values():
             raise ValueError(f"prompt.sub_calls={told['sub_calls']} and prompt.tokens={told['tokens']}: ask for one")
-        self.variant = Countdown(self.tokenizer, d.method, **config.threads)
-        self.task = self.variant.asking(told["sub_calls"], told["tokens"])
+        threads = config.threads
+        self.variant = Countdown(self.tokenizer, d.method, threads.join, threads.inherit)
+        self.task = dataclasses.replace(self.variant, sub_calls=told["sub_calls"], token_budget=told["tokens"])
         settings = dict(config.sampler)
         self.lanes = settings.pop("lanes")
         if self.lanes < 1:
@@ -194,31 +196,3 @@ class Experiment:
             except Interrupted as interrupt:
                 raise Interrupted(done + interrupt.rollouts) from interrupt
         return done
-
-
-def local(params: typing.Any) -> typing.Any:
-    """Parameters whole, as this process alone can use them: what other processes hold of them is fetched."""
-
-    def fetch(leaf: typing.Any) -> typing.Any:
-        here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(fetch, params)
-
-
-def gather(share: list) -> list:
-    """Item i of every process's list, then item i + 1: undoes `items[process::processes]`."""
-    count = jax.process_count()
-    if count == 1:
-        return share
-    packed = np.frombuffer(pickle.dumps(share), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(packed)))
-    padded = np.pad(packed, (0, sizes.max() - len(packed)))
-    shares = [
-        pickle.loads(data[:size].tobytes())
-        for data, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)
-    ]
-    items: list = [None] * sum(map(len, shares))
-    for process, own in enumerate(shares):
-        items[process::count] = own
-    return items

@@ -29,7 +29,7 @@ import itertools
 import operator
 import random
 
-from tokenizer import CALL, GOAL, SPAWN
+from countdown.language import CALL, GOAL, SPAWN
 
 
 @functools.lru_cache(maxsize=1 << 17)

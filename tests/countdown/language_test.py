@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from tokenizer import END, PAD, PHRASES, TEMPLATES, Line, Tokenizer, parse, render
+from countdown import language
+from countdown.language import END, PAD, PHRASES, TEMPLATES, Line, Tokenizer, parse, render
 
-REFERENCES = pathlib.Path(__file__).parent / "reference_traces"
+REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 LEAF = "Exploring Operation: 5-4=1, Resulting Numbers: [1]\n1,12 unequal: No Solution\n"
 LIMITS = (10, 100, 512, 1000)
 
@@ -168,5 +168,5 @@ def test_rendered_kinds_are_distinct():
     """No line can be read as two kinds: the first alternative that matches is the only one."""
     for text in reference_texts():
         for line in set(text.splitlines(keepends=True)):
-            matching = [kind for kind in TEMPLATES if re.fullmatch(tokenizer._pattern(kind), line)]
+            matching = [kind for kind in TEMPLATES if re.fullmatch(language._pattern(kind), line)]
             assert len(matching) == 1

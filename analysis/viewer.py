@@ -9,7 +9,7 @@ states, the threads on a clock of tokens, and the text of each thread.
      line by line: a line outside the grammar is text and nothing more.
   4. `page` puts all this into viewer.html as JSON; the script there only draws.
 
-Run: python figures.py --trace=trace.json
+Run: python -m analysis.figures --trace=trace.json
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import typing
 from collections.abc import Iterator
 
 import parallel_runtime as pr
+from countdown.grader import Problem, grade_steps
+from countdown.language import Line, Tokenizer, parse
+from harness.cli import UsageError, usage_errors
 from parallel_runtime import Call, Grade, Rollout, Thread, sequential_tokens
-from solver import Problem, grade_steps
-from tokenizer import Line, Tokenizer, parse
-from workdir import UsageError, usage_errors
 
 TEMPLATE = pathlib.Path(__file__).parent / "viewer.html"
 PLACEHOLDER = "{{DATA}}"  # in the template

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-import measures
 import parallel_runtime
+from countdown.grader import Problem
+from harness import stats
 from parallel_runtime import Call, Grade, Rollout, Thread
-from solver import Problem
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ from solver import Problem
     ],
 )
 def test_wilson_against_known_intervals(correct, n, low, high):
-    assert measures.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
+    assert stats.wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_wilson_is_where_the_score_test_just_rejects():
     """Wilson's ends are the shares whose score statistic is 1.96: the definition, solved backwards."""
-    low, high = measures.wilson(29, 40)
+    low, high = stats.wilson(29, 40)
     for share in (low, high):
         assert abs(29 / 40 - share) / math.sqrt(share * (1 - share) / 40) == pytest.approx(1.959964, abs=1e-5)
 
@@ -48,10 +48,10 @@ def test_a_summary_by_hand():
     first = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 40.0)
     second = rollout_of(False, [100], [], parallel_runtime.CONTEXT, 60.0)
     third = rollout_of(False, [3], [], parallel_runtime.MALFORMED, 20.0)
-    summary = measures.summarize([first, second, third], 1, seconds=0.6)
+    summary = stats.summarize([first, second, third], 1, seconds=0.6)
     assert (summary["n"], summary["correct"]) == (3, 1)
     assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert summary["interval"] == measures.wilson(1, 3)
+    assert summary["interval"] == stats.wilson(1, 3)
     assert summary["total_tokens"] == pytest.approx((107 + 100 + 3) / 3)
     assert summary["sequential_tokens"] == pytest.approx((77 + 100 + 3) / 3)
     assert summary["children"] == pytest.approx(2 / 3)
@@ -68,10 +68,10 @@ def test_accuracy_by_context_window_by_hand():
         rollout_of(True, [100], [], parallel_runtime.END, 0.0),
         rollout_of(False, [3], [], parallel_runtime.END, 0.0),
     ]
-    windows = measures.windows(rollouts, 160, 1)
+    windows = stats.windows(rollouts, 160, 1)
     assert list(windows) == ["40", "60", "80", "100", "120", "140", "160"]
     assert [window[0] for window in windows.values()] == pytest.approx([0, *[1 / 3] * 3, *[2 / 3] * 3])
-    assert windows["80"][1:] == measures.wilson(1, 3)
+    assert windows["80"][1:] == stats.wilson(1, 3)
 
 
 def answered(*answers: str) -> list[Rollout]:
@@ -87,22 +87,22 @@ def test_pass_at_k_is_the_share_of_all_draws_of_k_with_a_right_one(correct):
     samples = [True] * correct + [False] * (5 - correct)
     for k in range(1, 6):
         draws = [any(draw) for draw in itertools.combinations(samples, k)]
-        assert measures.pass_at(k, correct, 5) == pytest.approx(sum(draws) / len(draws))
+        assert stats.pass_at(k, correct, 5) == pytest.approx(sum(draws) / len(draws))
 
 
 def test_cons_at_k_is_the_majority_of_each_group():
     group = answered("wrong", "right", "right", "", "", "wrong", "wrong", "right")
-    assert measures.cons_at(1, group) == 3 / 8
-    assert measures.cons_at(2, group) == 1 / 4  # wrong (first of a tie), right (the other has no vote), wrong, wrong
-    assert measures.cons_at(4, group) == 1 / 2
-    assert measures.cons_at(8, group) == 0.0  # three to three: the first
-    assert measures.cons_at(3, group) == 1 / 2  # of the two groups of three that there are
-    assert measures.cons_at(2, answered("", "")) == 0.0
+    assert stats.cons_at(1, group) == 3 / 8
+    assert stats.cons_at(2, group) == 1 / 4  # wrong (first of a tie), right (the other has no vote), wrong, wrong
+    assert stats.cons_at(4, group) == 1 / 2
+    assert stats.cons_at(8, group) == 0.0  # three to three: the first
+    assert stats.cons_at(3, group) == 1 / 2  # of the two groups of three that there are
+    assert stats.cons_at(2, answered("", "")) == 0.0
 
 
 def test_a_summary_of_samples_counts_problems_not_samples():
     rollouts = (answered("right", "right") + answered("", "right") + answered("wrong", "")) * 3
-    summary = measures.summarize(rollouts, 2, seconds=1.8)
+    summary = stats.summarize(rollouts, 2, seconds=1.8)
     assert (summary["n"], summary["samples"], summary["correct"]) == (9, 2, 9)
     assert summary["accuracy"] == pytest.approx(0.5)
     half = 1.959964 * math.sqrt(6 * 0.5**2 / 8) / math.sqrt(9)  # shares 1, 1/2, 0, three times
@@ -110,43 +110,43 @@ def test_a_summary_of_samples_counts_problems_not_samples():
     assert summary["throughput_ms"] == pytest.approx(100)
     assert {k: v[0] for k, v in summary["pass"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
     assert {k: v[0] for k, v in summary["cons"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
-    assert summary["pass"]["2"] == measures.mean([1.0, 1.0, 0.0] * 3) == (2 / 3, *measures.wilson(6, 9))
+    assert summary["pass"]["2"] == stats.mean([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
 
 
 def test_the_interval_of_shares_stays_among_shares_and_that_of_costs_is_no_share():
-    assert measures.mean([1.0] * 15 + [0.875])[2] == 1.0 and measures.mean([0.0] * 15 + [0.125])[1] == 0.0
-    assert measures.normal([1.0] * 16) == (1.0, 1.0, 1.0)
+    assert stats.mean([1.0] * 15 + [0.875])[2] == 1.0 and stats.mean([0.0] * 15 + [0.125])[1] == 0.0
+    assert stats.normal([1.0] * 16) == (1.0, 1.0, 1.0)
     half = 1.959964 * math.sqrt(2 / 1) / math.sqrt(2)  # 3 and 5: deviations of 1 from 4
-    assert measures.normal([3, 5]) == pytest.approx((4.0, 4 - half, 4 + half))
+    assert stats.normal([3, 5]) == pytest.approx((4.0, 4 - half, 4 + half))
 
 
 @pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (8, [1, 2, 4, 8])])
 def test_counts_double_up_to_all_samples(samples, ks):
-    assert measures.counts(samples) == ks
+    assert stats.counts(samples) == ks
 
 
 def test_reached_within_a_bound():
     correct, costs = [True, True, False, True], [10.0, 20.0, 5.0, 30.0]
-    assert [measures.reached_within(correct, costs, bound)[0] for bound in (9, 10, 25, 30)] == [0, 0.25, 0.5, 0.75]
-    assert measures.reached_within(correct, costs, 20, samples=2)[0] == 0.5  # both of the first problem's
+    assert [stats.reached_within(correct, costs, bound)[0] for bound in (9, 10, 25, 30)] == [0, 0.25, 0.5, 0.75]
+    assert stats.reached_within(correct, costs, 20, samples=2)[0] == 0.5  # both of the first problem's
 
 
 def test_a_paired_difference_by_hand():
     first, second = [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]
-    value, low, high = measures.paired(first, second)
+    value, low, high = stats.paired(first, second)
     half = 1.959964 * math.sqrt((0.75**2 + 0.25**2 + 0.75**2 + 1.25**2) / 3 / 4)  # differences 1, 0, 1, -1
     assert (value, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
     with pytest.raises(ValueError):
-        measures.paired([1.0], [1.0, 0.0])
+        stats.paired([1.0], [1.0, 0.0])
 
 
 def test_adherence_counts_those_inside():
-    assert measures.adherence([4, 5, 5, 7], 5, 6) == {"asked": [5, 6], "used": 5.25, "within": 0.5}
+    assert stats.adherence([4, 5, 5, 7], 5, 6) == {"asked": [5, 6], "used": 5.25, "within": 0.5}
 
 
 def test_scaling_is_the_mean_slope_of_all_pairs():
     slope = (0.2 / 100 + 0.3 / 300 + 0.1 / 200) / 3
-    assert measures.scaling([(100, 0.5), (200, 0.7), (400, 0.8)]) == pytest.approx(slope)
-    assert measures.scaling([(400, 0.8), (100, 0.5), (200, 0.7)]) == pytest.approx(slope)
+    assert stats.scaling([(100, 0.5), (200, 0.7), (400, 0.8)]) == pytest.approx(slope)
+    assert stats.scaling([(400, 0.8), (100, 0.5), (200, 0.7)]) == pytest.approx(slope)
     with pytest.raises(ValueError, match="two budgets"):
-        measures.scaling([(100, 0.5), (100, 0.6)])
+        stats.scaling([(100, 0.5), (100, 0.6)])

@@ -1,4 +1,4 @@
-"""A run on disk: its configuration, its log, its checkpoints, and errors a user can act on.
+"""A run on disk: its configuration, its log and its checkpoints.
 
 A workdir holds
 
@@ -6,126 +6,30 @@ A workdir holds
     metrics.jsonl    one JSON object per logged step
     events.out.*     the same numbers for TensorBoard
     checkpoints/     the latest full state (parameters, optimizer, data cursor): a killed run resumes from it
-    best/            the parameters with the best held-out accuracy so far: what evaluation and GRPO start from
+    best/            the parameters with the best validation accuracy so far: evaluation and GRPO start from them
 
-A directory with another configuration's run is refused, never overwritten.
+A directory that holds a run of another configuration is refused and never overwritten.
 
-Several processes (`--distributed`) share one directory: all of them save and restore the arrays they
-hold, and the first alone writes everything else and prints.
+Several processes (`--distributed`) share one directory. Each process saves and restores the arrays that it
+holds. The first process alone writes the other files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import re
-import sys
-import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tqdm
-from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-
-class UsageError(Exception):
-    """A mistake of the user's, told in one sentence with its remedy."""
-
-
-@contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Inside, a ValueError or OSError is the user's mistake: it becomes a UsageError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-
-
-def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
-    """Runs an entry point under absl: quiet libraries, a compilation cache, usage errors without a traceback."""
-    with _one_sentence(), _config_errors():
-        define_flags()
-    flags.DEFINE_string(
-        "distributed", None, "One of several processes: auto (TPU pod, SLURM, Open MPI), or ADDRESS:PORT,COUNT,INDEX."
-    )
-
-    def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/apr-jax"))
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-        with _one_sentence():
-            _join_others(flags.FLAGS.distributed)
-            main(argv)
-
-    app.run(guarded, flags_parser=_parse_flags)
-
-
-def _join_others(distributed: str | None) -> None:
-    """Connects the processes of a run as `--distributed` says; all but the first fall silent."""
-    if distributed is None:
-        return
-    form = re.fullmatch(r"(\S+:[0-9]+),([0-9]+),([0-9]+)", distributed)
-    if not form and distributed != "auto":
-        raise UsageError(f"--distributed must be auto or ADDRESS:PORT,COUNT,INDEX, not {distributed!r}")
-    with usage_errors():
-        if form:
-            jax.distributed.initialize(form[1], int(form[2]), int(form[3]))
-        else:
-            jax.distributed.initialize()
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    with _one_sentence(), _config_errors():
-        return flags.FLAGS(argv)
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Ends the process with status 2 and one line on stderr where the user made a mistake."""
-    try:
-        yield
-    except UsageError as error:
-        _fail(str(error))
-
-
-@contextlib.contextmanager
-def _config_errors() -> Iterator[None]:
-    """Says in one sentence what absl and ml_collections raise for a flag, a recipe or a config field that is wrong."""
-    try:
-        yield
-    except flags.Error as error:
-        # A recipe's own error arrives as the last line of a traceback.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)
-        raise UsageError(text) from error
-    except OSError as error:  # a recipe that is not there
-        raise UsageError(" ".join(str(error).split())) from error
-    except (AttributeError, KeyError) as error:
-        field = re.search(r"'(\w+)\\?'", str(error))
-        named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
-        if not named:
-            raise
-        guess = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
-        raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error
-
-
-def _fail(message: str) -> typing.NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+from harness.cli import UsageError
 
 
 class Workdir:
@@ -263,27 +167,3 @@ def _differences(left: typing.Any, right: typing.Any, name: str = "") -> Iterato
             yield from _differences(left.get(key), right.get(key), f"{name}.{key}" if name else key)
     elif left != right:
         yield f"{name}={json.dumps(left)} there, {json.dumps(right)} here"
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines otherwise."""
-
-    def __init__(self, total: int, start: int, unit: str) -> None:
-        self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not sys.stderr.isatty())
-        self._total, self._start, self._unit = total, start, unit
-        self._began = time.monotonic()
-
-    def update(self, step: int, text: str | None = None) -> None:
-        """Moves to `step`; `text` is shown beside the bar, or printed as a line with the time left."""
-        self._bar.update(step - self._bar.n)
-        if text is None:
-            return
-        if self._bar.disable:
-            seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
-            print(f"{self._unit} {step}/{self._total}  {text}  {seconds / 60:.1f} min left", flush=True)
-        else:
-            self._bar.set_postfix_str(text)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()

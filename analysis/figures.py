@@ -2,10 +2,10 @@
 
     python evaluate.py --numbers=4,12,18 --target=21 --record=trace.json          # a rollout of the model,
     python solver.py --numbers=22,26,31,53 --target=27 --seed=1 --json > trace.json    # or a demonstration
-    python figures.py --trace=trace.json --output=page.html
+    python -m analysis.figures --trace=trace.json --output=page.html
 
     python evaluate.py --sweep=configs/sweep.py
-    python figures.py --results=runs/sweep --runs=runs/grpo-apr,runs/grpo-sosp --output=runs/figures
+    python -m analysis.figures --results=runs/sweep --runs=runs/grpo-apr,runs/grpo-sosp --output=runs/figures
 
   1. Read every eval.json below --results and the metrics.jsonl of --runs, and check them: results on different
      problems are never put side by side.
@@ -35,11 +35,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-import charts
-import tables
-from charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style, rank
-from viewer import page, page_data, read_trace
-from workdir import UsageError, launch, usage_errors
+from analysis import charts, tables
+from analysis.charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style, rank
+from analysis.viewer import page, page_data, read_trace
+from harness.cli import UsageError, launch, usage_errors
 
 # Label -> colour (Okabe and Ito's, and their grey) and marker. What a method is compared with has its marker.
 LOOKS = {

@@ -6,8 +6,7 @@ import typing
 from collections import Counter
 from collections.abc import Sequence
 
-import measures
-from charts import (
+from analysis.charts import (
     PAPER_ACCURACY,
     PAPER_RL,
     PAPER_TEMPERATURES,
@@ -26,6 +25,7 @@ from charts import (
     sampled,
     whole,
 )
+from harness import stats
 
 
 class Table(typing.NamedTuple):
@@ -50,7 +50,7 @@ def accuracy(entry: Entry) -> str:
 
 def cost(entry: Entry, name: str, digits: int = 0) -> str:
     """Mean of a cost over problems, with half its interval."""
-    value, low, high = measures.normal(by_problem(entry, name))
+    value, low, high = stats.normal(by_problem(entry, name))
     return f"{value:,.{digits}f} ± {(high - low) / 2:,.{digits}f}"
 
 
@@ -86,7 +86,7 @@ def rl_table(entries: Sequence[Entry]) -> Table:
     rows = []
     for pair in rl_pairs(entries):
         before, correct = pair[0], [by_problem(e, "correct") for e in pair]
-        cells = [[accuracy(e) for e in pair], [share(measures.paired(*correct), "+.3f", " to ")]]
+        cells = [[accuracy(e) for e in pair], [share(stats.paired(*correct), "+.3f", " to ")]]
         cells += [[*both] for both in zip(*map(costs, pair), strict=True)]
         cells += [[f"{e['total_tokens'] / (1 + e['children']):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
         row = [before["label"], f"{before['temperature']:g}", before["budget"]]
@@ -131,7 +131,7 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
         controls = [e["kept"]["within"] for e in group if e["kept"]]
         points = [(e["total_tokens"], e["accuracy"]) for e in group]
         control = f"{sum(controls) / len(controls):.3g}" if controls else ""
-        slope = f"{1000 * measures.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
+        slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
         rows.append([*name, f"these {len(group)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"])
     note = "After s1 (arXiv 2501.19393). Control: share of rollouts within the budget. Scaling: mean slope of accuracy "
     note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy."
@@ -148,7 +148,7 @@ def failure_table(entries: Sequence[Entry]) -> Table:
     rows = []
     for e in chosen:
         counts = [round(e["failures"].get(kind, 0) * e["n"]) for kind, _ in totals.most_common()]
-        shares = [share((count / e["n"], *measures.wilson(count, e["n"]))) for count in counts]
+        shares = [share((count / e["n"], *stats.wilson(count, e["n"]))) for count in counts]
         rows.append([e["label"], e["training_seed"], *shares])
     head = " | ".join(["method", "training seed", *(kind.replace("_", " ") for kind, _ in totals.most_common())])
     return Table("Table 5. Shares of problems by what the greedy rollout failed by", "", head, rows)

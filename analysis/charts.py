@@ -18,9 +18,9 @@ import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
-import measures
 from configs.sweep import COMPARED, RUNS
-from workdir import UsageError, usage_errors
+from harness import stats
+from harness.cli import UsageError, usage_errors
 
 LABELS = tuple(RUNS)
 # Of a run's folder, without its preset. RUNS come last, so that "apr" is "APR", not "APR in turn".
@@ -266,7 +266,7 @@ def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry
 
 def by_problem(entry: Entry, name: str) -> list[float]:
     """A field of the results, averaged over the samples of each problem."""
-    return measures.per_problem([float(result[name]) for result in entry["results"]], entry["samples"])
+    return stats.per_problem([float(result[name]) for result in entry["results"]], entry["samples"])
 
 
 # ---------------------------------------------------------------- charts of evaluations
@@ -348,7 +348,7 @@ def within(entries: Sequence[Entry], cost: str) -> list[Line]:
     for entry in entries:
         correct, costs = ([result[name] for result in entry["results"]] for name in ("correct", cost))
         bounds = sorted({0, largest, *(t for right, t in zip(correct, costs, strict=True) if right)})
-        points = [(t, *measures.reached_within(correct, costs, t, entry["samples"])) for t in bounds]
+        points = [(t, *stats.reached_within(correct, costs, t, entry["samples"])) for t in bounds]
         lines.append(Line(entry["label"], CURVE, points))
     return lines
 

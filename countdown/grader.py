@@ -1,0 +1,82 @@
+"""A Countdown problem, and the one exact grader of its answers.
+
+Countdown: combine the given numbers, each exactly once, with + - * / to reach the target.
+Every result must be a natural number. The grader parses text strictly and never evaluates it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from checks import require
+from countdown.language import NUMBER, short
+from parallel_runtime import Grade
+
+LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
+MOST = 6  # numbers of a problem: exact search over more takes too long
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Reach `target` with every one of `numbers` exactly once.
+
+    Raises ValueError unless all are integers from 1 to `LARGEST` and there are 2 to `MOST` numbers.
+    """
+
+    numbers: tuple[int, ...]
+    target: int
+
+    def __post_init__(self) -> None:
+        count = len(self.numbers)
+        require(2 <= count <= MOST, f"a problem needs from 2 to {MOST} numbers, not {count}")
+        for value in (*self.numbers, self.target):
+            whole = type(value) is int and 1 <= value <= LARGEST
+            require(whole, f"numbers and target must be integers from 1 to {LARGEST}, not {value!r}")
+
+
+_STEP = re.compile(f"({NUMBER})([-+*/])({NUMBER})=({NUMBER})")
+
+
+def _step_error(a: int, sign: str, b: int, result: int) -> str:
+    """What is wrong with the arithmetic of a step; "" if it is right."""
+    if sign == "/" and b == 0:
+        return "division by zero"
+    if sign == "/" and a % b:
+        return "division not exact"
+    exact = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a // b
+    return "" if exact == result else "wrong arithmetic"
+
+
+def grade_steps(problem: Problem, steps: Sequence[str]) -> Grade:
+    """Grades steps such as "53-31=22".
+
+    Every step must be exact, every number must be used exactly once, and the last result must be the target.
+    """
+    answer = tuple(steps)
+    available = list(problem.numbers)
+    if not answer:
+        return Grade(False, "no answer", answer)
+    for step in answer:
+        match = _STEP.fullmatch(step)
+        if not match:
+            return Grade(False, f"malformed step: {short(step)}", answer)
+        a, sign, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in available:
+                return Grade(False, f"{short(operand)} is not available", answer)
+            available.remove(operand)
+        if error := _step_error(a, sign, b, result):
+            return Grade(False, f"{error}: {short(step)}", answer)
+        available.append(result)
+    if len(available) > 1:
+        return Grade(False, f"unused number {short(available[0])}", answer)
+    if available[0] != problem.target:
+        return Grade(False, f"ends at {short(available[0])}, not {problem.target}", answer)
+    return Grade(True, "", answer)
+
+
+def grade_path(problem: Problem, text: str) -> Grade:
+    """Grades a path written as '53-31=22, 22/22=1, 1+26=27'."""
+    return grade_steps(problem, [step.strip() for step in text.split(",")] if text.strip() else [])

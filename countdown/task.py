@@ -1,0 +1,260 @@
+"""Countdown as a task of the runtime, and demonstrations as rollouts.
+
+`Countdown` implements `parallel_runtime.Task`:
+
+  spawn   parses the spawn block that ends a thread and writes the prompt of each child;
+  join    writes the result of each child for its parent;
+  grade   reads the answer off the root thread and calls the exact grader.
+
+Model output is data: the strict grammar of `countdown.language` parses it, nothing evaluates it.
+`record` turns the text of a symbolic search into the `Rollout` that the runtime would have recorded.
+
+Two ablations change what passes between threads. With child_returns="text" a child returns all that it wrote,
+as in PASTA (arXiv 2502.11517). With inherit=True a child sees the context of its parent before the
+spawn, as in ThreadWeaver (arXiv 2512.07843).
+
+Deviation from the released code: the path that a child returns is the text after its second-to-last
+`Goal Reached`, as there, but only if it parses and starts at the child's own node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+import parallel_runtime
+from checks import Checked, one_of, require
+from countdown.grader import Problem, grade_steps
+from countdown.language import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
+from countdown.search import Node, Trace, spawn_block, state_line
+from parallel_runtime import Call, Grade, MalformedSpawn, Rollout, Spawn, Thread
+
+METHODS = ("sos", "sosp", "apr")
+JOINS = ("path", "text")
+
+_MOVE = re.compile(f"Moving to Node #({FIELDS['node']})\n")
+# What a thread's text says of nodes: the operations of the current state, and the children generated from it.
+_KNOWN = re.compile(
+    f"Current State: [^\n]*, Operations: (?P<operations>{FIELDS['operations']})\n"
+    f"|^Generated Node #(?P<node>{FIELDS['node']}): (?P<state>{NUMBER}:{FIELDS['numbers']})"
+    f" Operation: (?P<operation>{OPERATION})\n",
+    re.MULTILINE,
+)
+_EXITS = re.compile(f"(?:Exit Sub Search at level {NUMBER}\n)*")  # all that may follow the last goal
+_PATH_KINDS = {"move", "state", "explore", "generate", "goal"}
+
+
+def _known_nodes(text: str) -> dict[str, str]:
+    """Nodes generated in a text -> their state as a state line writes it, without its first words."""
+    nodes: dict[str, str] = {}
+    operations = "[]"
+    for match in _KNOWN.finditer(text):
+        if match["node"] is None:
+            operations = match["operations"]
+        else:
+            before = "" if operations == "[]" else f"{operations[1:-1]}, "
+            nodes[match["node"]] = f"{match['state']}, Operations: [{before}'{match['operation']}']"
+    return nodes
+
+
+def root_prompt(problem: Problem, method: str) -> str:
+    """First lines of a root thread. APR announces its root; SoS and SoS+ only state it."""
+    state = state_line(Node("0", list(problem.numbers), "", 0, "", None), problem.target)
+    return f"Moving to Node #0\n{state}" if method == "apr" else state
+
+
+@dataclasses.dataclass(frozen=True)
+class Countdown(Checked):
+    """The `parallel_runtime.Task` of Countdown.
+
+    `sub_calls` and `token_budget` write a budget into the prompt, in the words of demonstrations that state
+    one; None writes nothing. Raises ValueError for an unknown method or join, or a negative budget.
+    """
+
+    section = "threads"
+    tokenizer: Tokenizer
+    method: Annotated[str, one_of(*METHODS)]
+    child_returns: Annotated[str, one_of(*JOINS)] = "path"  # the path that it found, or "text": all that it wrote
+    inherit: bool = False  # a child sees what its parent saw before the spawn
+    sub_calls: int | None = None  # children asked for
+    token_budget: int | None = None  # tokens asked for
+
+    def check(self) -> None:
+        """Checks the budgets."""
+        for name in ("sub_calls", "token_budget"):
+            budget = getattr(self, name)
+            require(budget is None or budget >= 0, f"{name} must not be negative, it is {budget}")
+
+    @property
+    def end_id(self) -> int:
+        """Id that ends a thread."""
+        return END
+
+    @functools.cached_property
+    def spawn_id(self) -> int:
+        """Id that ends a spawn block."""
+        return self.tokenizer.id(SPAWN)
+
+    @functools.cached_property
+    def call_id(self) -> int:
+        """Id that starts a spawn block."""
+        return self.tokenizer.id(CALL)
+
+    @property
+    def child_prefix(self) -> str:
+        """Budget line of a child's prompt."""
+        return "" if self.token_budget is None else f"Token Budget: {self.token_budget} "
+
+    @property
+    def root_prefix(self) -> str:
+        """Budget line of the root's prompt."""
+        return self.child_prefix or ("" if self.sub_calls is None else f"Sub Call Budget: {self.sub_calls} ")
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """Prompt of the root thread."""
+        return self.tokenizer.encode(self.root_prefix + root_prompt(problem, self.method))
+
+    def spawn(self, ids: Sequence[int]) -> Spawn:
+        """Reads the spawn block that ends `ids`; raises MalformedSpawn saying what is wrong with it."""
+        start = next((i for i in reversed(range(len(ids))) if ids[i] == self.call_id), None)
+        if start is None:
+            raise MalformedSpawn(f"no {CALL.strip()} before {SPAWN.strip()}")
+        before, block = self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:])
+        if not before.endswith("\n"):
+            raise MalformedSpawn(f"the spawn block does not start a line, it follows {before[-20:]!r}")
+        nodes = self._spawned(before, block)
+        known = _known_nodes(before)
+        for i, node in enumerate(nodes):
+            if node not in known:
+                raise MalformedSpawn(f"node #{short(node)} was never generated")
+            if node in nodes[:i]:
+                raise MalformedSpawn(f"node #{short(node)} is named twice")
+        prompts = [f"Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
+        return Spawn(start, [self.child_prompt(ids[:start], prompt) for prompt in prompts])
+
+    def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
+        """Ids a child is given: its first lines, after its parent's context if it inherits that."""
+        if self.inherit:
+            return [*context, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.encode(self.child_prefix + prompt)
+
+    def _spawned(self, before: str, block: str) -> list[str]:
+        """Nodes that a well-formed spawn block names; raises MalformedSpawn.
+
+        The root spawns at level 1. A child cannot see how deep it is, so any level above is right.
+        """
+        nodes = re.findall(f"> Moving to Node #({FIELDS['node']})\n", block)
+        if not nodes:
+            raise MalformedSpawn("the spawn block names no node")
+        own = _MOVE.search(before)
+        level = re.search(f" at level ({NUMBER})>", block)
+        is_child = own is not None and own[1] != "0" and level is not None and level[1] not in "01"
+        due = spawn_block(nodes, int(level[1]) if level is not None and is_child else 1)
+        for line, expected in itertools.zip_longest(block.splitlines(), due.splitlines()):
+            if line != expected:
+                raise MalformedSpawn(f"spawn block: {short(line)!r} where {expected!r} is due")
+        return nodes
+
+    def join(self, children: Sequence[Thread]) -> list[int]:
+        """Join block: a line per child, each success followed by the child's final path (or each by all its text)."""
+        encode = self.tokenizer.encode
+        ids = encode("<Sub Searches>\n")
+        for i, child in enumerate(children):
+            given = child.calls[0].injected
+            own = [*_MOVE.finditer(self.tokenizer.decode(given))]
+            if not own:
+                raise ValueError(f"the prompt of child {child.path} names no node")
+            where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[-1][1]}>\n"
+            path = self._final_path(child, own[-1][0])
+            ids += encode(f"<Goal Reached {where}" if path else f"<No Solution {where}")
+            if self.child_returns == "text":  # the ids themselves: a model may sample ids that its text does not encode to
+                own_ids = [token for token in child.ids()[len(given) :] if token != END]
+                ends_a_line = self.tokenizer.decode(own_ids)[-1:] in ("", "\n")
+                ids += own_ids + ([] if ends_a_line else encode("\n"))
+            else:
+                ids += encode(path)
+        return ids + encode("<End Sub Searches>\n")
+
+    def _final_path(self, child: Thread, first_line: str) -> str:
+        """The path a child restated at its end, from its own node to the goal; "" if it did not."""
+        if child.stop != parallel_runtime.END:
+            return ""
+        parts = self.tokenizer.decode(child.ids()[:-1]).rsplit(GOAL, 2)
+        if len(parts) < 3 or parts[2] or not parts[1].startswith(first_line):
+            return ""
+        try:
+            lines = parse(parts[1] + GOAL)
+        except ValueError:
+            return ""
+        return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
+
+    def answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """Makes a root answer: the goal is claimed after its last whole line (again, where it is already).
+
+        Claiming it plays the part of s1's end-of-thinking delimiter: what a trace says after it is the answer.
+        """
+        goal = self.tokenizer.id(GOAL)
+        if goal in ids:
+            return list(ids).index(goal), [goal]
+        whole = [i for i, token in enumerate(ids) if self.tokenizer.decode([token]).endswith("\n")]
+        claim = self.tokenizer.encode(f"{problem.target},{problem.target}{GOAL}")
+        return whole[-1] + 1, claim
+
+    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
+        """Sends a root that found nothing on, to the first node that it listed and never moved to; None without one.
+
+        The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up.
+        """
+        keep = len(ids) - 1 - (ids[-2] == self.tokenizer.id("No solution found.\n"))
+        text = self.tokenizer.decode(ids[:keep])
+        moved = {*re.findall(f"(?:Moving to|at) Node #({FIELDS['node']})>?\n", text)}
+        left = [node for node in _known_nodes(text) if node not in moved]
+        if not left or GOAL in text or not text.endswith("\n"):
+            return None
+        return keep, self.tokenizer.encode(f"Moving to Node #{left[0]}\n")
+
+    def grade(self, problem: Problem, root: Thread) -> Grade:
+        """Judges the answer of a root thread: the operations of its last state and the one that reached the goal."""
+        if root.stop != parallel_runtime.END:
+            return Grade(False, f"no answer: stopped by {root.stop}")
+        text = self.tokenizer.decode(root.ids()[:-1])
+        end = text.rfind(GOAL) + len(GOAL)
+        if end < len(GOAL) or not _EXITS.fullmatch(text, end):
+            return Grade(False, "no answer")
+        try:
+            state, *lines = parse(text[max(text.rfind("Current State: ", 0, end), 0) : end])
+        except ValueError as error:
+            return Grade(False, f"no answer: {error}")
+        kinds = [line.kind for line in lines]
+        if kinds[-2:] != ["explore", "goal"] or state.kind != "state" or {*kinds} - _PATH_KINDS - {"miss"}:
+            return Grade(False, "no answer: no operation reaches the goal from a state")
+        return grade_steps(problem, (*state.operations, lines[-2].operation))
+
+
+def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
+    """The `Rollout` the runtime would have recorded, had the model of `task` written `trace`."""
+
+    def thread(trace: Trace, prompt: list[int], path: tuple[int, ...]) -> Thread:
+        result = Thread(path)
+        keep, injected = 0, prompt
+        context: list[int] = []
+        for i, text in enumerate(trace.calls):
+            call = Call(keep, injected, task.tokenizer.encode(text))
+            result.calls.append(call)
+            if i == len(trace.spawns):
+                call.sampled.append(task.end_id)
+                continue
+            call.stop = parallel_runtime.SPAWN
+            context = context[:keep] + injected + call.sampled
+            keep = len(context) - 1 - context[::-1].index(task.call_id)
+            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
+            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
+            injected = task.join(result.spawns[-1])
+        return result
+
+    root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())
+    return Rollout(problem, root, task.grade(problem, root))

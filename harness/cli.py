@@ -1,0 +1,112 @@
+"""What every command shares: its start, errors of one sentence, and a progress bar. This module never imports JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+
+import tqdm
+from absl import app, flags, logging
+
+
+class UsageError(Exception):
+    """A mistake of the user. The message is one sentence with the value and the remedy."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns a ValueError or OSError of the block into a UsageError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def launch(
+    define_flags: Callable[[], None], main: Callable[[list[str]], None], prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Runs a command under absl. A usage error ends the process with status 2 and one line on stderr.
+
+    `prepare` runs after the flags are parsed and before `main`.
+    """
+    with _one_sentence(), _config_errors():
+        define_flags()
+
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+        with _one_sentence():
+            prepare()
+            main(argv)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    with _one_sentence(), _config_errors():
+        return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Ends the process with status 2 and one line on stderr after a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        _fail(str(error))
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """Turns the errors of absl and ml_collections about a flag, a recipe or a field into a UsageError."""
+    try:
+        yield
+    except flags.Error as error:
+        # An error inside a recipe arrives as the last line of a traceback.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)
+        raise UsageError(text) from error
+    except OSError as error:  # the recipe does not exist
+        raise UsageError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        field = re.search(r"'(\w+)\\?'", str(error))
+        named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
+        if not named:
+            raise
+        guess = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
+        raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, total: int, start: int, unit: str) -> None:
+        self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not sys.stderr.isatty())
+        self._total, self._start, self._unit = total, start, unit
+        self._began = time.monotonic()
+
+    def update(self, step: int, text: str | None = None) -> None:
+        """Moves to `step`. `text` is shown beside the bar, or printed as a line with the time left."""
+        self._bar.update(step - self._bar.n)
+        if text is None:
+            return
+        if self._bar.disable:
+            seconds = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
+            print(f"{self._unit} {step}/{self._total}  {text}  {seconds / 60:.1f} min left", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
