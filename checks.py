@@ -1,11 +1,11 @@
 """Bounds of configuration fields, declared beside each field and checked in one place.
 
-    @dataclasses.dataclass(frozen=True)
-    class Shape(Checked):
-        section = "model"
-        width: Annotated[int, at_least(1)]
+@dataclasses.dataclass(frozen=True)
+class Shape(Checked):
+    section = "model"
+    width: Annotated[int, at_least(1)]
 
-    Shape(width=0)  # ValueError: model.width=0 must be at least 1
+Shape(width=0)  # ValueError: model.width=0 must be at least 1
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Checked:
     section: typing.ClassVar[str]  # of the configuration; messages name a field SECTION.FIELD
 
     def __post_init__(self) -> None:
-        for name, bound in _bounds(type(self)):
+        for name, bound in _bounds(typing.cast(typing.Hashable, type(self))):
             value = getattr(self, name)
             require(bound.allows(value), f"{self.section}.{name}={value!r} must be {bound.words}")
         self.check()
@@ -66,7 +66,7 @@ class Checked:
 
 @functools.cache
 def _bounds(kind: typing.Hashable) -> list[tuple[str, Bound]]:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(typing.cast(type, kind), include_extras=True)
     found = [(name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ())]
     return [(name, extra) for name, extra in found if isinstance(extra, Bound)]
 

@@ -6,21 +6,18 @@
 
 One step:
   1. draw P problems and run G rollouts of each through the parallel runtime;
-  2. grade them with the one grader and shape the reward (`reward`);
-  3. advantage of a rollout = its reward against its group (`advantages`); every
-     thread of the rollout, parent and children, gets the same;
-  4. pack the sampled ids of every thread, with their log-probs under the sampler
-     (or the trainer) and the reference, and per-token weights computed once over the
-     whole batch (`weigh`), so that micro-batches cannot mix or rescale groups;
-  5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`; the
-     first tells how far the trainer's log-probs are from the sampler's (`mismatch`).
+  2. grade them with the one grader and shape the reward (`objective.reward`);
+  3. advantage of a rollout = its reward against its group (`objective.ADVANTAGES`). Every thread of the rollout,
+     parent and children, gets the same;
+  4. attach to the segments of every thread its advantage and the weights of its tokens, computed once over the whole
+     batch (`objective.AGGREGATES`), so that micro-batches cannot mix or rescale groups; then pack them;
+  5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`. The first one tells how far the
+     trainer's log-probs are from the sampler's (`mismatch`).
 
-The paper's objective (PPO clip, KL towards the starting policy, unit of loss one
-call) is the `paper` preset; what users of such code ask for are switches of
-`configs/grpo.py`, each tested by hand-worked numbers.
+`objective.py` has the formulas. The paper's objective is the `paper` preset.
 
-Deviations from the paper: injected ids (prompts, joined messages) carry no
-gradient; a parent with joins is encoded once (`packing.py`), not once per call.
+Deviations from the paper: injected ids (prompts, joined messages) carry no gradient; a parent with joins is encoded
+once (`packing.py`), not once per call.
 """
 
 from __future__ import annotations
@@ -35,130 +32,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax import Array
 from ml_collections import ConfigDict, config_flags
 
-import parallel_runtime
-from evaluate import PRETRAINED, heldout, report
-from harness.build import Experiment
-from harness.cli import Progress, UsageError, usage_errors
+import records
+from harness import loop
+from harness.build import Parts, build
+from harness.cli import UsageError, usage_errors
+from harness.evaluation import report
 from harness.processes import launch
-from harness.workdir import Workdir, load_best, read_config
-from packing import Segment, TokenBatch, pack_all, segments
-from parallel_runtime import Request, Rollout
-from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, placed_state, stack
+from harness.rollouts import RolloutPool
+from harness.workdir import PRETRAINED, Workdir, load_best, read_config
+from objective import ADVANTAGES, AGGREGATES, GrpoConfig, Totals, grpo_loss, reward
+from packing import Segment, TokenBatch, lay_out, pack, pad_rows, places, segments, split
+from protocols import Request
+from records import Rollout
+from train_state import TrainState, make_score, make_train_step, placed_state
 
-ADVANTAGES = ("std", "mean", "leave_one_out")
-ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATES = ("call", "token", "rollout")
-DEAD_GROUPS = ("keep", "drop", "refill")
 REFILL_ROUNDS = 4  # draws of fresh problems before a step goes on with the groups it has
 
-
-def check(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field, on a switch with no such position or a number that cannot work."""
-    for name, choices in (
-        ("advantage", ADVANTAGES),
-        ("kl_estimator", ESTIMATORS),
-        ("aggregate", AGGREGATES),
-        ("dead_groups", DEAD_GROUPS),
-        ("old_logp", ("sampler", "trainer")),
-    ):
-        if config[name] not in choices:
-            raise ValueError(f"grpo.{name} must be one of {', '.join(choices)}, not {config[name]!r}")
-    least = dict.fromkeys(("steps", "problems", "updates", "eval_every"), 1) | {"rollouts": 2}  # 2 to compare
-    least |= dict.fromkeys(("clip_low", "clip_high", "kl_weight", "importance_cap"), 0)
-    for name, bound in least.items():
-        if config[name] < bound:
-            raise ValueError(f"grpo.{name}={config[name]} must be at least {bound}")
-    for name in ("temperature", "rollout_constant"):
-        if config[name] <= 0:
-            raise ValueError(f"grpo.{name}={config[name]} must be above 0")
-    if config.importance_cap and config.old_logp != "trainer":
-        raise ValueError("grpo.importance_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
-
-
-# ------------------------------------------------------------------- reward, advantage, weights (NumPy)
-
-
-def reward(rollout: Rollout, config: ConfigDict) -> float:
-    """1 if correct, plus a bonus for parallelism (only if correct), minus penalties for threads and tokens.
-
-    Bonus: acceleration * min(1 - sequential / total tokens, acceleration_cap) (ThreadWeaver). Penalties:
-    `thread_penalty` per child, `token_penalty` per token beyond `token_budget`.
-    """
-    costs = parallel_runtime.metrics(rollout)
-    correct = float(rollout.grade.correct)
-    saved = 1 - costs["sequential_tokens"] / max(costs["total_tokens"], 1)
-    beyond = max(0.0, costs["total_tokens"] - config.token_budget)
-    bonus = config.acceleration * min(saved, config.acceleration_cap)
-    return correct * (1 + bonus) - config.thread_penalty * costs["children"] - config.token_penalty * beyond
-
-
-def advantages(rewards_PG: np.ndarray, kind: str) -> np.ndarray:
-    """Advantage [P, G] of every rollout within its group.
-
-    "std": (r - mean) / std (GRPO); "mean": r - mean (Dr.GRPO); "leave_one_out": r - mean of the others (RLOO).
-    A group of equal rewards gets zeros.
-    """
-    centred = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
-    centred = np.where(np.ptp(rewards_PG, axis=1, keepdims=True) == 0, 0.0, centred)
-    if kind == "std":
-        return centred / (rewards_PG.std(axis=1, keepdims=True) + 1e-6)
-    if kind == "leave_one_out":
-        return centred * rewards_PG.shape[1] / (rewards_PG.shape[1] - 1)
-    return centred
-
-
-def weigh(rollouts: Sequence[Rollout], aggregate: str, constant: float) -> list[dict[tuple[int, int], tuple]]:
-    """Per rollout: (id of thread, call) -> (weight, KL weight) of each sampled token of that call.
-
-    "call" (paper): mean over the tokens of a call, divided by the calls of its rollout, mean over all calls
-    of the batch; the KL term is not divided by the calls of the rollout. "token": mean over all tokens.
-    "rollout": sum over a rollout's tokens / `constant`, mean over rollouts. Calls without ids weigh nothing.
-    """
-    sizes = [
-        {(id(t), n): len(c.sampled) for t in r.threads() for n, c in enumerate(t.calls) if c.sampled} for r in rollouts
-    ]
-    calls, tokens = sum(map(len, sizes)), sum(sum(size.values()) for size in sizes)
-    result = []
-    for size in sizes:
-        if aggregate == "call":
-            result.append({key: (1 / (n * len(size) * calls), 1 / (n * calls)) for key, n in size.items()})
-        else:
-            weight = 1 / tokens if aggregate == "token" else 1 / (constant * len(rollouts))
-            result.append({key: (weight, weight) for key in size})
-    return result
-
-
-# ------------------------------------------------------------------- loss (JAX)
-
-
-def grpo_loss(config: ConfigDict) -> LossFn:
-    """The clipped objective with a penalty towards the reference (PAPER: rho, A, k3), per token [R, T].
-
-    "k1" has the gradient of "k2": its own is zero in the mean, so that it would hold the policy to nothing.
-    """
-
-    def loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
-        ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
-        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-        policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-        difference = jnp.where(batch.sampled, batch.ref_logp - out.logp, 0.0)
-        k2 = difference**2 / 2
-        kl = {
-            "k1": k2 + jax.lax.stop_gradient(-difference - k2),
-            "k2": k2,
-            "k3": jnp.exp(difference) - difference - 1,
-        }[config.kl_estimator]
-        active = (clipped * batch.advantage < ratio * batch.advantage) & batch.sampled
-        metrics = {"clipped": active.astype(jnp.float32), "kl": kl * batch.sampled}
-        return batch.weight * policy + config.kl_weight * batch.kl_weight * kl, metrics
-
-    return loss
-
-
-# ------------------------------------------------------------------- one step
+# ------------------------------------------------------------------- rollouts of a step
 
 
 class Collected(typing.NamedTuple):
@@ -174,55 +66,52 @@ class Collected(typing.NamedTuple):
         return Collected([self.groups[i] for i in alive], self.rewards[alive], self.advantages[alive])
 
 
-def collect(experiment: Experiment, params: typing.Any, step: int, cursor: int) -> tuple[Collected, int]:
-    """Runs and grades the rollouts of a step; returns them and the next problem's number.
+def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int, cursor: int) -> tuple[Collected, int]:
+    """Runs and grades the rollouts of a step; returns them and the number of the next problem.
 
     "refill" goes on to fresh problems, for a few rounds, until there are P groups with a signal.
     """
-    config = experiment.config.grpo
+    seed = pool.parts.config.seed
     groups: list[list[Rollout]] = []
     missing = config.problems
     for _ in range(REFILL_ROUNDS if config.dead_groups == "refill" else 1):
-        drawn = [experiment.problem("train", experiment.config.seed, cursor + i) for i in range(missing)]
+        drawn = [pool.parts.domain.problem("train", seed, cursor + i) for i in range(missing)]
         cursor += missing
         requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
-        rollouts = experiment.rollouts(params, 1.0, requests, (experiment.config.seed, step))
+        rollouts = pool.run(params, config.temperature, requests, (seed, step))
         groups += [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
         rewards = np.asarray([[reward(rollout, config) for rollout in group] for group in groups], np.float64)
         missing = config.problems - int((np.ptp(rewards, axis=1) > 0).sum())
         if missing <= 0:
             break
-    return Collected(groups, rewards, advantages(rewards, config.advantage)), cursor
+    return Collected(groups, rewards, ADVANTAGES[config.advantage](rewards)), cursor
 
 
-def make_batches(
-    collected: Collected, config: ConfigDict, rows: int
-) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
-    """Packs all threads of the step into batches of so many rows, with weights, advantages and sampler's log-probs."""
+def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list[Segment]:
+    """Segments of all threads of a step, of at most `length` tokens, with their weights and advantages attached."""
     rollouts = [rollout for group in collected.groups for rollout in group]
-    owner = {id(thread): number for number, rollout in enumerate(rollouts) for thread in rollout.threads()}
-    weights = weigh(rollouts, config.grpo.aggregate, config.grpo.rollout_constant)
-    pieces = [piece for r in rollouts for thread in r.threads() for piece in segments(thread, config.model.context)]
-    batches, where = pack_all(pieces, rows, config.model.context)
-    for number, row, columns, piece in where:
-        rollout = owner[id(piece.thread)]
-        pairs = [weights[rollout].get((id(piece.thread), call), (0.0, 0.0)) for call in piece.calls]
-        batch = batches[number]
-        batch.weight[row, columns], batch.kl_weight[row, columns] = np.asarray(pairs, np.float32).T
-        batch.advantage[row, columns] = collected.advantages.reshape(-1)[rollout] * batch.sampled[row, columns]
-    return batches, where
+    sizes = [[len(call.sampled) for t in r.threads() for call in t.calls if call.sampled] for r in rollouts]
+    totals = Totals(len(rollouts), sum(map(len, sizes)), sum(map(sum, sizes)), config.rollout_constant)
+    weigh = AGGREGATES[config.aggregate]
+    pieces = []
+    for rollout, size, advantage in zip(rollouts, sizes, collected.advantages.reshape(-1), strict=True):
+        for thread in rollout.threads():
+            weights = [weigh(max(1, len(call.sampled)), len(size), totals) for call in thread.calls]
+            for piece in segments(thread, length):
+                piece.attach(weights, advantage)
+                pieces.append(piece)
+    return pieces
 
 
-def mismatch(batch: TokenBatch, trainer: np.ndarray, where: list[tuple[int, int, slice, Segment]]) -> dict[str, float]:
+def mismatch(batch: TokenBatch, trainer: np.ndarray, rows: Sequence[Sequence[Segment]]) -> dict[str, float]:
     """Largest |sampler - trainer| log-prob over the sampled ids of parents, children, and calls after a join.
 
-    `batch` [M, R, T] holds the sampler's log-probs, `trainer` [M, R, T] the trainer's.
+    `batch` [M, R, T] of the `rows` holds the sampler's log-probs, `trainer` [M, R, T] the trainer's.
     """
     largest = dict.fromkeys(("parent", "child", "joined"), 0.0)
-    gap = np.abs(batch.old_logp - trainer) * batch.sampled
-    for number, row, columns, piece in where:
-        values = gap[number, row, columns]
-        calls = np.asarray(piece.calls)
+    gap_RT = (np.abs(batch.old_logp - trainer) * batch.sampled).reshape(-1, trainer.shape[-1])
+    for row, columns, piece in places(rows):
+        values, calls = gap_RT[row, columns], np.asarray(piece.calls)
         kind = "child" if piece.thread.path else "parent"
         largest[kind] = max(largest[kind], values[calls <= 0].max())
         if (calls > 0).any():
@@ -233,7 +122,7 @@ def mismatch(batch: TokenBatch, trainer: np.ndarray, where: list[tuple[int, int,
 def describe(collected: Collected) -> dict[str, float]:
     """What the policy does: accuracy, costs, rates and reward spread of a step's rollouts."""
     rollouts = [rollout for group in collected.groups for rollout in group]
-    costs = [parallel_runtime.metrics(rollout) for rollout in rollouts]
+    costs = [records.metrics(rollout) for rollout in rollouts]
     threads = [thread for rollout in rollouts for thread in rollout.threads()]
     means = {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
     return {
@@ -247,109 +136,103 @@ def describe(collected: Collected) -> dict[str, float]:
     }
 
 
+# ------------------------------------------------------------------- one step
+
+
 class Trainer:
-    """The compiled functions of a run and the reference policy."""
+    """The `loop.Stage` of reinforcement learning: its compiled functions, reference policy and data cursor."""
 
-    def __init__(self, experiment: Experiment, reference: typing.Any) -> None:
-        config = experiment.config
-        self.experiment, self.reference = experiment, reference
-        self.optimizer = experiment.optimizer()
-        self.train_step = make_train_step(experiment.model, self.optimizer, grpo_loss(config.grpo), experiment.mesh)
-        self.score = make_score(experiment.model, experiment.mesh)
+    validates_start = True
 
-    def step(self, state: TrainState, number: int, cursor: int) -> tuple[TrainState, dict[str, float], int]:
-        """Rollouts, then the inner updates; returns the state, the step's metrics and the next problem's number."""
-        config = self.experiment.config
-        began, spent = time.perf_counter(), self.experiment.sampler_seconds(1.0)
-        collected, cursor = collect(self.experiment, state.params, number, cursor)
-        rolled = time.perf_counter()
-        described = describe(collected)
-        sampling = self.experiment.sampler_seconds(1.0)
-        described |= {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
-        if config.grpo.dead_groups != "keep":
+    def __init__(self, pool: RolloutPool, reference: typing.Any) -> None:
+        self.pool, self.parts, self.reference = pool, pool.parts, reference
+        self.config = config = GrpoConfig(**self.parts.config.grpo)
+        self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
+        self.problem = 0
+        model, mesh, loss = self.parts.model, self.parts.mesh, grpo_loss(config)
+        self.train_step = make_train_step(model, self.parts.optimizer, loss, mesh, config.temperature)
+        self.score = make_score(model, mesh, config.temperature)
+
+    def resume(self, cursor: int | None) -> None:
+        """Goes on with the problems at a cursor."""
+        self.problem = cursor or 0
+
+    def cursor(self) -> int:
+        """The number of the next problem."""
+        return self.problem
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, float]]:
+        """Rollouts, then the inner updates; returns the state and the metrics of the step."""
+        config, temperature = self.config, self.config.temperature
+        began, spent = time.perf_counter(), self.pool.seconds(temperature)
+        collected, self.problem = collect(self.pool, config, state.params, number, self.problem)
+        rolled, sampling = time.perf_counter(), self.pool.seconds(temperature)
+        values = describe(collected) | {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
+        values["rollout_seconds"] = rolled - began
+        if config.dead_groups != "keep":
             collected = collected.live()
-        if not collected.groups:
-            return state, {**described, "rollout_seconds": rolled - began}, cursor
-        batches, where = make_batches(collected, config, config.train.micro_rows * self.experiment.devices)
-        batch = stack(batches)
+        return self._update(state, collected, values) if collected.groups else (state, values)
+
+    def _update(
+        self, state: TrainState, collected: Collected, values: dict[str, float]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The inner updates on the groups of a step, and its metrics added to `values`."""
+        config, context = self.config, self.parts.model.config.context
+        began = time.perf_counter()
+        rows_per_pass = self.parts.config.train.micro_rows * self.parts.devices
+        rows = pad_rows(pack(make_segments(collected, config, context), context), rows_per_pass)
+        drawn = split(lay_out(rows, context), rows_per_pass)  # with the sampler's log-probs
         packed = time.perf_counter()
-        drawn = batch  # with the sampler's log-probs
-        if config.grpo.old_logp == "trainer":
-            batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))
-        if config.grpo.importance_cap:
-            ratio = np.exp(np.where(batch.sampled, batch.old_logp - drawn.old_logp, 0))
-            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.grpo.importance_cap))
-        reference = np.asarray(self.score(self.reference, batch)) if config.grpo.kl_weight else batch.old_logp
-        batch = batch._replace(ref_logp=reference)
+        batch = self._scored(state, drawn)
         scored = time.perf_counter()
         state, metrics, trainer = self.train_step(state, batch)
-        for _ in range(config.grpo.updates - 1):
+        for _ in range(config.updates - 1):
             state, metrics, _ = self.train_step(state, batch)
         metrics, trainer = jax.device_get((metrics, trainer))
         tokens = max(metrics["tokens"], 1)
-        values = {**described, **mismatch(drawn, trainer, where)}
+        values |= mismatch(drawn, trainer, rows)
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
         values["clip_share"] = float(metrics["clipped"] / tokens)
-        if config.grpo.kl_weight:  # else nothing knows the reference's log-probs
+        if config.kl_weight:  # else nothing knows the reference's log-probs
             values["kl"] = float(metrics["kl"] / tokens)
-        values |= {
-            "rollout_seconds": rolled - began,
-            "pack_seconds": packed - rolled,
-            "score_seconds": scored - packed,
-            "update_seconds": time.perf_counter() - scored,
-        }
-        return state, values, cursor
+        values["pack_seconds"], values["score_seconds"] = packed - began, scored - packed
+        values["update_seconds"] = time.perf_counter() - scored
+        return state, values
+
+    def _scored(self, state: TrainState, batch: TokenBatch) -> TokenBatch:
+        """The batch with the log-probs of the reference, and where the config says so of the trainer."""
+        config, sampler = self.config, batch.old_logp
+        if config.old_logp == "trainer":
+            batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))
+        if config.importance_cap:
+            ratio = np.exp(np.where(batch.sampled, batch.old_logp - sampler, 0))
+            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.importance_cap))
+        reference = np.asarray(self.score(self.reference, batch)) if config.kl_weight else batch.old_logp
+        return batch._replace(ref_logp=reference)
+
+    def summary(self, pending: list[dict[str, float]], seconds: float) -> loop.Values:
+        """The metrics of the one step."""
+        (values,) = pending
+        return values
+
+    def line(self, values: loop.Values) -> str:
+        """Reward, accuracy, costs and drift."""
+        if "loss" not in values:
+            return f"reward {values['reward']:.3f}  no group with a signal"
+        worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
+        drift = f"KL {values['kl']:.4f}  " if "kl" in values else ""
+        return (
+            f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  "
+            f"threads {values['children']:.1f}  tokens {values['total_tokens']:.0f}  {drift}"
+            f"clipped {values['clip_share']:.3f}  mismatch {worst:.0e}"
+        )
 
 
-def train(experiment: Experiment, workdir: Workdir, reference: typing.Any) -> None:
-    """Runs or resumes the loop; leaves checkpoints and the best parameters in `workdir`."""
-    config = experiment.config
-    optimizer = experiment.optimizer()
-    state = placed_state(optimizer, experiment.mesh, reference)
-    reference = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
-    trainer = Trainer(experiment, reference)
-    extra: dict[str, typing.Any] = {"step": 0, "cursor": 0, "best": -1.0}
-    if (restored := workdir.restore(state)) is not None:
-        state, extra = restored
-    else:
-        _validate(experiment, workdir, state, extra)
-        workdir.save(0, state, extra)
-    progress = Progress(config.grpo.steps, extra["step"], "step")
-    while extra["step"] < config.grpo.steps:
-        extra["step"] += 1
-        state, values, extra["cursor"] = trainer.step(state, extra["step"], extra["cursor"])
-        if not np.isfinite(values.get("loss", 0.0)):
-            raise UsageError(f"the loss is {values['loss']} at step {extra['step']}: lower optimizer.learning_rate")
-        workdir.log(extra["step"], values)
-        progress.update(extra["step"], _line(values))
-        if extra["step"] % config.grpo.eval_every == 0 or extra["step"] == config.grpo.steps:
-            _validate(experiment, workdir, state, extra)
-            workdir.save(extra["step"], state, extra)
-    progress.close()
-
-
-def _line(values: dict[str, float]) -> str:
-    if "loss" not in values:
-        return f"reward {values['reward']:.3f}  no group with a signal"
-    worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
-    drift = f"KL {values['kl']:.4f}  " if "kl" in values else ""
-    return (
-        f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  threads {values['children']:.1f}  "
-        f"tokens {values['total_tokens']:.0f}  {drift}clipped {values['clip_share']:.3f}  mismatch {worst:.0e}"
-    )
-
-
-def _validate(experiment: Experiment, workdir: Workdir, state: TrainState, extra: dict) -> None:
-    """Solves the validation problems; keeps the parameters if they are the best so far."""
-    found = heldout(experiment, state.params)
-    accuracy = found["accuracy"]
-    workdir.log(extra["step"], {f"heldout_{name}": value for name, value in found.items()})
-    text = f"held-out accuracy {accuracy:.3f} ({found['low']:.3f}-{found['high']:.3f})"
-    text += f" with {found['children']:.1f} children"
-    print(f"step {extra['step']}: {text}", flush=True)
-    if accuracy >= extra["best"]:  # of equals the one trained longest
-        extra["best"] = accuracy
-        workdir.save_best(extra["step"], state.params, {"validation_accuracy": accuracy})
+def train(pool: RolloutPool, workdir: Workdir, reference: typing.Any) -> None:
+    """Runs or resumes reinforcement learning from the parameters `reference`."""
+    state = placed_state(pool.parts.optimizer, pool.parts.mesh, reference)
+    copy = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
+    loop.train(pool, workdir, Trainer(pool, copy), state)
 
 
 # ------------------------------------------------------------------- command line
@@ -374,37 +257,42 @@ def start_from(named: str | None, suffix: str) -> pathlib.Path:
     )
 
 
-def combine(start: pathlib.Path, config: ConfigDict) -> ConfigDict:
-    """The supervised run's config with the fields of an RL recipe laid over it."""
+def combine(start: pathlib.Path, recipe: ConfigDict) -> ConfigDict:
+    """The config of the supervised run with the sections of an RL recipe laid over it, field by field."""
     combined = ConfigDict(read_config(start))
-    combined.name = f"{config.name}-{combined.name.removesuffix(config.suffix)}{config.suffix}"
+    supervised = combined.name.removesuffix(recipe.suffix)
     with combined.unlocked():
-        for field in ("seed", "grpo", "prompt", "evaluation", "limits", "mesh"):
-            combined[field] = config[field]
-        combined.optimizer = ConfigDict(dict(config.optimizer, steps=config.grpo.steps * config.grpo.updates))
-        combined.train.eval_problems = config.eval_problems
-        combined.model.temperature = config.grpo.temperature
-        # Not as the supervised run was evaluated: rollouts must come from the policy itself.
-        combined.sampler.update(rows=config.rows, temperature=config.eval_temperature, top_k=0, top_p=1.0)
+        combined.seed, combined.grpo = recipe.seed, recipe.grpo
+        for section in ("optimizer", "train", "sampler", "prompt", "limits", "evaluation", "mesh"):
+            if section in recipe and section in combined:
+                combined[section].update(recipe[section])
+        combined.name = f"{recipe.name}-{supervised}{recipe.suffix}"
+        combined.optimizer.steps = recipe.grpo.steps * recipe.grpo.updates
         combined.init = os.path.relpath(start)
     return combined
+
+
+def prepare(start: pathlib.Path, recipe: ConfigDict) -> Parts:
+    """The objects of an RL run. Raises ValueError on values that cannot work."""
+    parts = build(combine(start, recipe))
+    GrpoConfig(**parts.config.grpo)
+    return parts
 
 
 def main(_: list[str]) -> None:
     """Trains from the start the flags name, then evaluates the best parameters and prints the report."""
     start = start_from(flags.FLAGS.init, flags.FLAGS.config.suffix)
     with usage_errors():
-        config = combine(start, flags.FLAGS.config)
-        check(config.grpo)
-        experiment = Experiment(config)
-        experiment.validation_set()
-    params, result = load_best(start, experiment.param_shapes())
+        parts = prepare(start, flags.FLAGS.config)
+    config = parts.config
+    params, result = load_best(start, parts.param_shapes())
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     origin = f"{start} (step {result['step']})"
     print(f"{config.name}: from {origin}, {config.grpo.steps} steps, in {workdir.path}", flush=True)
-    train(experiment, workdir, params)
-    best, result = load_best(workdir.path, experiment.param_shapes())
-    report(experiment, best, experiment.test_set(), workdir.path, result["step"])
+    pool = RolloutPool(parts)
+    train(pool, workdir, params)
+    best, result = load_best(workdir.path, parts.param_shapes())
+    report(pool, best, parts.test_set(), workdir.path, result["step"])
 
 
 def define_flags() -> None:

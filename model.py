@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Sequence
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -40,42 +41,36 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from checks import Checked, above, at_least, one_of, require
+
 NORM_EPSILON = 1e-6
 HIDDEN = -1e30  # score of what must not be seen; finite, so that a row that sees nothing stays free of NaN
-DTYPES = ("float32", "bfloat16")
 QUERY_BLOCKS = 8  # per row: more skip more of what lies in the future, and make smaller matrix products
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Shape of a decoder. Raises ValueError on a shape that cannot be built."""
 
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    context: int  # longest row
-    rope_theta: float
+    section = "model"
+    vocab_size: Annotated[int, at_least(1)]
+    width: Annotated[int, at_least(1)]
+    layers: Annotated[int, at_least(1)]
+    heads: Annotated[int, at_least(1)]
+    kv_heads: Annotated[int, at_least(1)]
+    head_width: Annotated[int, at_least(1)]
+    mlp_width: Annotated[int, at_least(1)]
+    context: Annotated[int, at_least(1)]  # longest row
+    rope_theta: Annotated[float, above(0)]
     tied: bool  # the head is the transposed embedding
-    temperature: float  # logits are divided by it: part of the policy, in training and sampling alike
-    dtype: str  # of the computation; parameters are float32
+    dtype: Annotated[str, one_of("float32", "bfloat16")]  # of the computation; parameters are float32
 
-    def __post_init__(self) -> None:
-        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "context"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} must be at least 1, not {getattr(self, field)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})")
-        if self.head_width % 2:
-            raise ValueError(f"model.head_width must be even for rotary positions, not {self.head_width}")
-        for field in ("rope_theta", "temperature"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"model.{field} must be positive, not {getattr(self, field)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+    def check(self) -> None:
+        """Checks the heads."""
+        shared = self.heads % self.kv_heads == 0
+        require(shared, f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
+        even = self.head_width % 2 == 0
+        require(even, f"model.head_width={self.head_width} must be even for rotary positions")
 
 
 class Past(typing.NamedTuple):
@@ -303,8 +298,7 @@ class Decoder(nn.Module):
             w_DV = embedding_VD.T
         else:
             w_DV = self.param("head", nn.initializers.normal(0.02), (c.width, c.vocab_size))
-        x = x_RTD.reshape(-1, c.width) / c.temperature
-        logits = jnp.matmul(x, w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x_RTD.reshape(-1, c.width), w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
         return logits.reshape(*tokens_RT.shape, c.vocab_size), (jnp.stack(ks), jnp.stack(vs))
 
 

@@ -1,26 +1,42 @@
 """Threads -> fixed rows of tokens: the one batch that SFT and GRPO train on.
 
-A thread becomes one *segment*: prompt, what it sampled, joined message, what it
-sampled then, and so on, spliced in the order of time. The ids that a rewind took
-out of the thread's memory (its spawn block) stay in the row, because they were
-sampled and are trained on, but nothing after the rewind sees them, and positions
-restart there. One integer per token says all of that:
+A thread becomes one *segment*: its prompt, what it sampled, the joined message, what it sampled then, and
+so on, spliced in the order of time. A rewind takes ids out of the thread's memory (its spawn block). They
+stay in the row, because they were sampled and are trained on, but nothing after the rewind sees them, and
+positions restart there. One integer per token says all of that:
 
     token j is visible to token i of its row  iff  j <= i < until[j]
 
-so `until` is the end of the segment for most tokens, the start of the join block
-for a spawn block, and the token's own end for padding. Example (a parent, prompt
-P, listing L, spawn block S, joined message J, rest R, in one row with another
-segment X):
+So `until` is the end of the segment for most tokens, the start of the join block for a spawn block, and the
+token's own end for padding. Example (a parent with prompt P, listing L, spawn block S, joined message J and
+rest R, in one row with another segment X):
 
     row        P P L L S S J J R X X .
     position   0 1 2 3 4 5 4 5 6 0 1 0
-    until      9 9 9 9 6 6 9 9 9 . . .
+    until      9 9 9 9 6 6 9 9 9 11 11 12
     sampled    0 0 1 1 1 1 0 0 1 0 1 0
 
-Deviation from the paper's code: it encodes a parent once per call, so that a
-prefix is computed again for every join, and trains on prompts and joined text
-as well; here every sampled id is trained on exactly once and nothing else is.
+    who sees whom (rows look at columns)
+
+         P P L L S S J J R X X .
+     P   x
+     P   x x
+     L   x x x
+     L   x x x x
+     S   x x x x x
+     S   x x x x x x
+     J   x x x x . . x                the rewind: S is trained on, but nothing after the join sees it
+     J   x x x x . . x x
+     R   x x x x . . x x x
+     X                     x          another segment sees only itself
+     X                     x x
+     .                         x      padding sees only itself
+
+A segment carries its weights, advantage and log-probs before it is packed, so packing only copies columns.
+
+Deviation from the paper's code: it encodes a parent once per call, so it computes a prefix again for every
+join, and it trains on prompts and joined text too. Here every sampled id is trained on exactly once, and
+nothing else is.
 """
 
 from __future__ import annotations
@@ -31,17 +47,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from parallel_runtime import CONTEXT, SPAWN, Call, Thread
+from records import CONTEXT, SPAWN, Call, Thread
 
 Field = typing.Any  # an np.ndarray here, a jax.Array inside a jitted step
 
 
 class TokenBatch(typing.NamedTuple):
-    """Rows of packed segments; every field is [R, T] and aligned with `tokens`.
+    """Rows of packed segments. Every field is [R, T], or [M, R, T] in M micro-batches, and aligned with `tokens`.
 
-    `weight` is the share of the token in the loss (0 where the id was not
-    sampled), already divided by whatever the loss is averaged over, so that no
-    packing, padding, micro-batching or device count can change the loss.
+    `weight` is the share of the token in the loss, 0 where the id was not sampled. It is already divided by
+    whatever the loss is averaged over, so no packing, padding, micro-batching or device count changes the loss.
     """
 
     tokens: Field  # int32
@@ -49,7 +64,7 @@ class TokenBatch(typing.NamedTuple):
     until: Field  # int32
     sampled: Field  # bool: the id was sampled, not injected
     weight: Field  # float32
-    kl_weight: Field  # float32, the same for the penalty towards the reference (GRPO)
+    kl_weight: Field  # float32, the share in the penalty towards the reference (GRPO)
     advantage: Field  # float32, of the token's rollout (GRPO)
     old_logp: Field  # float32, under the policy that sampled it (GRPO; the sampler's own until replaced)
     ref_logp: Field  # float32, under the reference policy (GRPO)
@@ -57,7 +72,7 @@ class TokenBatch(typing.NamedTuple):
 
 @dataclasses.dataclass
 class Segment:
-    """One piece of a row: per-token lists of equal length, `until` counted from the segment's own start."""
+    """One piece of a row: per-token lists of equal length. `until` counts from the start of the segment."""
 
     tokens: list[int]
     positions: list[int]
@@ -66,9 +81,18 @@ class Segment:
     logprobs: list[float]  # 0 where not sampled
     thread: Thread  # whose it is
     calls: list[int]  # per token the call that sampled it, -1 where not sampled
+    weight: list[float] = dataclasses.field(default_factory=list)  # 1 where sampled unless attached
+    kl_weight: list[float] = dataclasses.field(default_factory=list)  # 0 unless attached
+    advantage: float = 0.0
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def attach(self, weights: Sequence[tuple[float, float]], advantage: float) -> None:
+        """Sets the advantage, and for each call of the thread (weight, KL weight) of its sampled tokens."""
+        self.weight = [weights[call][0] if call >= 0 else 0.0 for call in self.calls]
+        self.kl_weight = [weights[call][1] if call >= 0 else 0.0 for call in self.calls]
+        self.advantage = advantage
 
 
 def splice(thread: Thread) -> Segment:
@@ -86,7 +110,7 @@ def splice(thread: Thread) -> Segment:
 
 
 def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[float], call: int) -> None:
-    """Adds ids to a segment and to the thread's memory; demonstrations and injected ids have no log-probs."""
+    """Adds ids to a segment and to the thread's memory. Demonstrations and injected ids have no log-probs."""
     start, count = len(segment), len(ids)
     segment.tokens += ids
     segment.positions += range(len(memory), len(memory) + count)
@@ -100,8 +124,8 @@ def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[
 def segments(thread: Thread, length: int) -> list[Segment]:
     """The thread in segments of at most `length` tokens: spliced if it fits, else one per call.
 
-    Calls that sampled nothing, for want of room, are left out where nothing follows them.
-    Raises ValueError if a call alone is longer than `length`.
+    Calls that sampled nothing, for want of room, are left out where nothing follows them. Raises ValueError if
+    a call alone is longer than `length`.
     """
     calls = [number for number, call in enumerate(thread.calls) if call.sampled]
     if not calls:
@@ -138,8 +162,8 @@ Piece = typing.TypeVar("Piece", bound=Sized)
 def take_row(waiting: list[Piece], length: int, refill: Callable[[], None] = lambda: None) -> list[Piece]:
     """Takes the pieces of one row of `length` tokens out of `waiting`: the first, then ever the longest that fits.
 
-    The first is the one that has waited longest, so that none waits for ever. `refill` may append to `waiting`; it
-    is called whenever a piece has been taken. Raises ValueError if the first piece is longer than the row.
+    The first piece has waited longest, so none waits for ever. `refill` may append to `waiting`; it is called
+    whenever a piece has been taken. Raises ValueError if the first piece is longer than the row.
     """
     row: list[Piece] = []
     free, best = length, typing.cast(int | None, 0)
@@ -154,44 +178,54 @@ def take_row(waiting: list[Piece], length: int, refill: Callable[[], None] = lam
     return row
 
 
-def lay_out(rows: Sequence[Sequence[Segment]], length: int) -> tuple[TokenBatch, list[tuple[int, slice, Segment]]]:
-    """Rows of segments as a batch [R, T], with `weight` 1 on sampled ids and no advantage, and where each one lies."""
+def pack(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
+    """Rows of every piece, longest first. Raises ValueError if a piece is longer than a row."""
+    waiting = sorted(pieces, key=len, reverse=True)
+    rows = []
+    while waiting:
+        rows.append(take_row(waiting, length))
+    return rows
+
+
+def places(rows: Sequence[Sequence[Piece]]) -> Iterable[tuple[int, slice, Piece]]:
+    """(row, columns, piece) of every piece: they lie one after another from the first column of their row."""
+    for row, pieces in enumerate(rows):
+        stop = 0
+        for piece in pieces:
+            start, stop = stop, stop + len(piece)
+            yield row, slice(start, stop), piece
+
+
+def lay_out(rows: Sequence[Sequence[Segment]], length: int) -> TokenBatch:
+    """Rows of segments as a batch [R, T]."""
     shape = (len(rows), length)
     own_end = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), shape).copy()
     zeros = [np.zeros(shape, np.float32) for _ in range(5)]
     batch = TokenBatch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), own_end, np.zeros(shape, bool), *zeros)
-    where = []
-    for row, pieces in enumerate(rows):
-        stop = 0
-        for segment in pieces:
-            start, stop = stop, stop + len(segment)
-            span = slice(start, stop)
-            batch.tokens[row, span] = segment.tokens
-            batch.positions[row, span] = segment.positions
-            batch.until[row, span] = np.asarray(segment.until, np.int32) + start
-            batch.sampled[row, span] = segment.sampled
-            batch.weight[row, span] = segment.sampled
-            batch.old_logp[row, span] = segment.logprobs
-            where.append((row, span, segment))
-    return batch, where
+    for row, span, segment in places(rows):
+        batch.tokens[row, span] = segment.tokens
+        batch.positions[row, span] = segment.positions
+        batch.until[row, span] = np.asarray(segment.until, np.int32) + span.start
+        batch.sampled[row, span] = segment.sampled
+        batch.weight[row, span] = segment.weight or segment.sampled
+        batch.kl_weight[row, span] = segment.kl_weight or 0.0
+        batch.advantage[row, span] = segment.advantage * batch.sampled[row, span]
+        batch.old_logp[row, span] = segment.logprobs
+    return batch
 
 
-def pack_all(
-    pieces: Iterable[Segment], rows: int, length: int
-) -> tuple[list[TokenBatch], list[tuple[int, int, slice, Segment]]]:
-    """Packs every segment, longest first, into as many batches of `rows` x `length` as it takes.
+def pad_rows(rows: list[list[Segment]], micro_rows: int) -> list[list[Segment]]:
+    """Rows with empty ones behind them, so that they make 1, 2, 4, 8, ... micro-batches of `micro_rows` rows.
 
-    Returns the batches and, per segment, (batch, row, columns, segment). Raises ValueError if a segment is
-    longer than a row.
+    Few numbers of micro-batches mean few compilations. Empty micro-batches are skipped and cost nothing.
     """
-    waiting = sorted(pieces, key=len, reverse=True)
-    batches: list[TokenBatch] = []
-    where: list[tuple[int, int, slice, Segment]] = []
-    while waiting:
-        batch, placed = lay_out([take_row(waiting, length) if waiting else [] for _ in range(rows)], length)
-        where += [(len(batches), *place) for place in placed]
-        batches.append(batch)
-    return batches, where
+    count = -(-len(rows) // micro_rows)
+    return rows + [[]] * ((1 << (count - 1).bit_length()) * micro_rows - len(rows))
+
+
+def split(batch: TokenBatch, micro_rows: int) -> TokenBatch:
+    """A batch [R, T] as micro-batches [R / micro_rows, micro_rows, T]."""
+    return TokenBatch(*(field.reshape(-1, micro_rows, field.shape[-1]) for field in batch))
 
 
 def cut(thread: Thread, context: int) -> None:

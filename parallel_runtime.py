@@ -1,36 +1,26 @@
-"""Threads that spawn and join: the record of a rollout, and the runtime that fills it.
+"""The parallel runtime: threads that spawn children and join their results, decoded side by side.
 
-The record is the one idea of this project: a demonstration of a symbolic solver
-and a rollout of the model are the same object. A `Rollout` is a problem and a
-tree of `Thread`s; a thread is a list of `Call`s, one per uninterrupted decode.
-Training, metrics, grading and pictures read the record and cannot tell who
-wrote it.
+`Runtime.run` drives any engine that can fill rows and decode them (`Engine`; the JAX one is
+`sampler.Sampler`, the tests use scripts). It speaks the language of a task only through a `Task`.
+One round:
 
-The runtime (`Runtime.run`) drives any engine that can fill rows and decode them
-(`Engine`; the JAX one is `sampler.Sampler`, the tests use scripts) and speaks
-the language of the task only through a `Task`. Per round:
+  1. Ready threads take rows: a joined parent first, then children, then new problems. So few problems
+     are in flight. A waiting parent keeps its row and its KV cache. Only if waiting parents hold more
+     than half of the rows, the one that began to wait last gives its row up. (Its children end last.)
+     It is prefilled again after its join.
+  2. The engine prefills what is new in these rows, and decodes until enough rows have stopped.
+  3. A thread that stopped at the spawn token waits, and its children become ready. A child that ended
+     gives its result to its parent. After the last child of a spawn the parent is *rewound* to just
+     before the spawn block and *extended* by the join block (paper, section 3.2). It is ready again.
 
-  1. Ready threads take rows: a joined parent goes first, then children, then
-     new problems, so that few problems are in flight. A parent that waits keeps
-     its row and with it its KV cache, unless waiting parents hold more than half
-     of the rows: then the one that began to wait last (its children end last)
-     gives its row up and is prefilled again after its join.
-  2. The engine prefills what is new in these rows and decodes until enough rows
-     have stopped.
-  3. A thread that stopped at the spawn token becomes waiting and its children
-     become ready; one that ended hands its result to its parent; when the last
-     child of a spawn is in, the parent is *rewound* to just before the spawn
-     block, *extended* by the join block, and is ready again (paper section 3.2).
+`Limits` bounds everything, and the record names the bound that stopped a thread. Budget forcing (s1, arXiv
+2501.19393) is the same rewind and extend at the end of a root: a root that is cut by its token bound
+must answer, a root that gave up must continue.
 
-Several runtimes, an engine each, share the requests of a run (`side_by_side`).
-Everything is bounded (`Limits`), and what a bound cuts is named in the record.
-Budget forcing (s1, arXiv 2501.19393) is the same rewind and extend, done to a root
-that ends: one cut by its token bound is made to answer, one that gave up is sent on.
 This module knows nothing of JAX and nothing of Countdown.
 
-Deviations from the paper: threads may nest (`Limits.depth`, 1 as in the paper by
-default), and the parent's context before the spawn is kept in its row instead of
-being sent again.
+Deviations from the paper: threads may nest (`Limits.depth`, 1 as in the paper by default), and a parent
+keeps the context before its spawn in its row instead of sending it again.
 """
 
 from __future__ import annotations
@@ -43,264 +33,43 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
-# Why a call stopped. Only END and SPAWN are the model's own doing.
-END = "end"  # the thread is over
-SPAWN = "spawn"  # the thread asked for children
-CONTEXT = "context"  # the context window is full
-THREAD_TOKENS = "thread_tokens"  # Limits.thread_tokens reached
-ROLLOUT_TOKENS = "rollout_tokens"  # Limits.rollout_tokens reached
-# Why a thread that asked for children got none; these replace SPAWN.
-MALFORMED = "malformed"  # the spawn block does not parse (see Thread.detail)
-CHILDREN = "children"  # more than Limits.children in one spawn
-SPAWNS = "spawns"  # more than Limits.spawns spawns in one thread
-DEPTH = "depth"  # deeper than Limits.depth
-STOPS = (END, SPAWN, CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, MALFORMED, CHILDREN, SPAWNS, DEPTH)
-TRUNCATED = (CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, CHILDREN, SPAWNS, DEPTH)  # cut by a bound, not by the model
-
-
-@dataclasses.dataclass
-class Call:
-    """One uninterrupted decode of a thread.
-
-    Its context is the first `keep` ids of the call before it (context and
-    sampled ids together), followed by `injected`. For a first call `keep` is 0
-    and `injected` the prompt; for a call after a join `keep` is the rewind point
-    and `injected` the join block. Injected ids are never training targets.
-    """
-
-    keep: int
-    injected: list[int]
-    sampled: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)  # one per sampled id; empty in demonstrations
-    stop: str = END
-
-
-@dataclasses.dataclass
-class Thread:
-    """A thread of a rollout.
-
-    `path` is () for the root and, for a child, its parent's path followed by
-    (number of the spawn within the parent, number of the child within the
-    spawn). `spawns[i]` are the children of the i-th call that stopped at SPAWN.
-    """
-
-    path: tuple[int, ...]
-    calls: list[Call] = dataclasses.field(default_factory=list)
-    spawns: list[list[Thread]] = dataclasses.field(default_factory=list)
-    detail: str = ""  # what was wrong with a malformed spawn block
-
-    def ids(self) -> list[int]:
-        """Context and sampled ids of the last call: what the thread remembers."""
-        ids: list[int] = []
-        for call in self.calls:
-            ids = ids[: call.keep] + call.injected + call.sampled
-        return ids
-
-    @property
-    def stop(self) -> str:
-        """Why the thread's last call stopped (one of `STOPS`)."""
-        return self.calls[-1].stop
-
-    def walk(self) -> Iterator[Thread]:
-        """This thread, then its descendants in order of spawn."""
-        yield self
-        for children in self.spawns:
-            for child in children:
-                yield from child.walk()
+from checks import Checked, at_least
+from protocols import Engine, Fill, ForcedTask, MalformedSpawn, Request, Stopped, Task
+from records import (
+    CHILDREN,
+    CONTEXT,
+    DEPTH,
+    END,
+    MALFORMED,
+    ROLLOUT_TOKENS,
+    SPAWN,
+    SPAWNS,
+    THREAD_TOKENS,
+    Call,
+    Rollout,
+    Thread,
+    total_tokens,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Grade:
-    """Verdict on a rollout: `answer` are the steps found, `reason` why they are wrong ("" if they are right)."""
-
-    correct: bool
-    reason: str
-    answer: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass
-class Rollout:
-    """A problem, the tree of threads that worked on it, and the verdict.
-
-    `index` tells repeated rollouts of one problem apart; `milliseconds` is the
-    wall clock from the root's first prefill to its end (0 in demonstrations).
-    """
-
-    problem: typing.Any
-    root: Thread
-    grade: Grade
-    index: int = 0
-    milliseconds: float = 0.0
-
-    def threads(self) -> list[Thread]:
-        """All threads, parents before their children."""
-        return list(self.root.walk())
-
-
-class MalformedSpawn(ValueError):
-    """The ids before a spawn token are no spawn block the task can read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spawn:
-    """A parsed spawn: `start` is the index in the thread's ids of the block's first id (the rewind point)."""
-
-    start: int
-    prompts: list[list[int]]
-
-
-class Task(typing.Protocol):
-    """What the runtime must know of a task. All text is ids already."""
-
-    @property
-    def end_id(self) -> int:
-        """Sampling this id ends the thread."""
-
-    @property
-    def spawn_id(self) -> int:
-        """Sampling this id suspends the thread and starts children."""
-
-    def prompt(self, problem: typing.Any) -> list[int]:
-        """Prompt of the root thread."""
-
-    def spawn(self, ids: Sequence[int]) -> Spawn:
-        """Reads the spawn block that ends `ids` (the last id is `spawn_id`); raises MalformedSpawn."""
-
-    def join(self, children: Sequence[Thread]) -> list[int]:
-        """Join block of finished children, in the order of the spawn. A child that did not end has failed."""
-
-    def answer(self, problem: typing.Any, ids: Sequence[int]) -> tuple[int, list[int]]:
-        """How a root cut at `ids` is made to answer: ids to keep, and at least one to append."""
-
-    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
-        """The same for a root that ended with `ids` and is to search on; None if it has answered or nothing is left."""
-
-    def grade(self, problem: typing.Any, root: Thread) -> Grade:
-        """Verdict on a finished root thread."""
-
-
-# ------------------------------------------------------------------- metrics
-
-
-def total_tokens(thread: Thread) -> int:
-    """Ids sampled by the thread and all its descendants (paper, section 4: total tokens)."""
-    return sum(len(call.sampled) for member in thread.walk() for call in member.calls)
-
-
-def sequential_tokens(thread: Thread) -> int:
-    """Longest chain of dependent ids: the thread's own plus, per join, its slowest child's (recursive)."""
-    own = sum(len(call.sampled) for call in thread.calls)
-    return own + sum(max(map(sequential_tokens, children)) for children in thread.spawns)
-
-
-def longest_context(thread: Thread) -> int:
-    """Most ids that any call of the thread or its descendants had in view, sampled ids included."""
-    longest = 0
-    for call in thread.calls:
-        ids = call.keep + len(call.injected) + len(call.sampled)
-        longest = max(longest, ids)
-    return max([longest] + [longest_context(child) for children in thread.spawns for child in children])
-
-
-def metrics(rollout: Rollout) -> dict[str, float]:
-    """Costs of one rollout: tokens (ids), context (ids), threads (counts), wall clock (milliseconds)."""
-    threads = rollout.threads()
-    return {
-        "total_tokens": total_tokens(rollout.root),
-        "sequential_tokens": sequential_tokens(rollout.root),
-        "longest_context": longest_context(rollout.root),
-        "children": len(threads) - 1,
-        "width": max(len(children) for thread in threads for children in [*thread.spawns, []]),
-        "depth": max(len(thread.path) // 2 for thread in threads),
-        "truncated": float(any(thread.stop in TRUNCATED for thread in threads)),
-        "malformed": float(any(thread.stop == MALFORMED for thread in threads)),
-        "milliseconds": rollout.milliseconds,
-    }
-
-
-# ------------------------------------------------------------------- engine
-
-
-@dataclasses.dataclass
-class Fill:
-    """Work for one row: rewind it to its first `keep` ids, append `ids` (at least one), then sample.
-
-    `key` and `drawn` (ids the thread has drawn so far) fix the thread's random
-    draws; at most `limit` (at least 1) ids are sampled before the row stops.
-    """
-
-    row: int
-    keep: int
-    ids: list[int]
-    key: tuple[int, int]
-    drawn: int
-    limit: int
-
-
-@dataclasses.dataclass
-class Stopped:
-    """A row that sampled a stop id or reached its limit, with what it sampled since its `Fill`.
-
-    `logprobs` are those of the model's own distribution, `sampled_logprobs` those
-    of the distribution sampled from (temperature, top-k and top-p applied).
-    """
-
-    row: int
-    ids: list[int]
-    logprobs: list[float]
-    sampled_logprobs: list[float]
-
-
-class Engine(typing.Protocol):
-    """What the runtime needs of a sampler: `rows` KV caches of `context` ids, spread evenly over `devices`."""
-
-    rows: int
-    devices: int
-    context: int
-
-    def reset(self) -> None:
-        """Stops every row."""
-
-    def prefill(self, fills: list[Fill]) -> None:
-        """Sets rows going."""
-
-    def decode(self) -> list[Stopped]:
-        """Samples on until some rows have stopped, and returns those."""
-
-
-# ------------------------------------------------------------------- runtime
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(Checked):
     """Bounds of a rollout. Reaching one stops the thread with the reason of the same name."""
 
-    children: int  # per spawn
-    spawns: int  # per thread
-    depth: int  # of nesting; 0 forbids spawning, 1 is the paper's
-    thread_tokens: int  # sampled ids per thread
-    rollout_tokens: int  # sampled ids per rollout; the children of a spawn share what is left in equal parts
-    answer_tokens: int = 0  # for the answer of a root that reached thread_tokens; 0 lets it end without one
-    extensions: int = 0  # times that a root which gives up is sent on
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            least = 1 if field.name in ("thread_tokens", "rollout_tokens") else 0
-            if getattr(self, field.name) < least:
-                raise ValueError(f"limit {field.name}={getattr(self, field.name)} must be at least {least}")
+    section = "limits"
+    children: Annotated[int, at_least(0)]  # per spawn
+    spawns: Annotated[int, at_least(0)]  # per thread
+    depth: Annotated[int, at_least(0)]  # of nesting; 0 forbids spawning, 1 is the paper's
+    thread_tokens: Annotated[int, at_least(1)]  # sampled ids per thread
+    rollout_tokens: Annotated[int, at_least(1)]  # sampled ids per rollout; the children of a spawn share the rest
+    answer_tokens: Annotated[int, at_least(0)] = 0  # for the forced answer of a root that reached thread_tokens
+    extensions: Annotated[int, at_least(0)] = 0  # times that a root which gives up must continue
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One rollout to run: a problem and which of its rollouts this is."""
-
-    problem: typing.Any
-    index: int = 0
-
-
-JOINED, CHILD, NEW = range(3)  # in this order threads are given rows
-BUSY = 2  # waiting parents keep their rows while 1 / BUSY of all rows decode
+JOINED, CHILD, NEW = range(3)  # threads take rows in this order
+EVICT_BELOW_BUSY = 0.5  # waiting parents keep their rows while at least this share of all rows decodes
 
 
 @dataclasses.dataclass
@@ -315,18 +84,22 @@ class _Live:
     row: int | None = None
     cached: int = 0  # ids of the thread that its row holds
     pending: int = 0  # children that have not ended
-    rewind: int = 0  # where the spawn block being waited for starts
-    answering: bool = False  # made to, past its bound
-    extended: int = 0  # times sent on
+    rewind: int = 0  # where the spawn block starts whose children it waits for
+    answer_tokens: int = 0  # granted beyond thread_tokens, once it is made to answer
+    extended: int = 0  # times it was made to continue
 
     def priority(self) -> tuple:
         """Joined parents, then children, then new problems; older requests first."""
         kind = JOINED if len(self.thread.calls) > 1 else CHILD if self.thread.path else NEW
         return kind, self.number, self.thread.path
 
+    def sampled(self) -> int:
+        """Ids that the thread itself has sampled."""
+        return sum(len(call.sampled) for call in self.thread.calls)
+
 
 def thread_key(seed: Sequence[int], request: Request, path: Sequence[int]) -> tuple[int, int]:
-    """Two 32-bit words that fix a thread's draws; `seed` is what the run adds (key, update step)."""
+    """Two 32-bit words that fix the draws of a thread. `seed` is what the run adds (key, update step)."""
     digest = hashlib.blake2b(repr((tuple(seed), request.problem, request.index, tuple(path))).encode(), digest_size=8)
     word = int.from_bytes(digest.digest(), "little")
     return word & 0xFFFFFFFF, word >> 32
@@ -340,35 +113,42 @@ class Interrupted(KeyboardInterrupt):
         self.rollouts = rollouts
 
 
+@dataclasses.dataclass
 class Runtime:
-    """Runs rollouts of `task` on `engine` within `limits`."""
+    """Runs rollouts of `task` on `engine` within `limits`. Several runs may follow one another."""
 
-    def __init__(
-        self, engine: Engine, task: Task, limits: Limits, watch: Callable[[Thread], None] | None = None
-    ) -> None:
-        """`watch` is called with a thread whenever a call of it has stopped."""
-        self.engine, self.task, self.limits, self.watch = engine, task, limits, watch
-        self.evictions = 0  # waiting parents that lost their row
+    engine: Engine
+    task: Task
+    limits: Limits
+    watch: Callable[[Thread], None] | None = None  # called with a thread whenever a call of it has stopped
+    evictions: int = 0  # waiting parents that lost their row, over all runs
 
     def run(self, requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
         """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
         return side_by_side([self], requests, seed)
 
-    def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
-        """Yields (number of the request, rollout) as rollouts finish.
+    def start(self, requests: Sequence[Request], seed: Sequence[int]) -> Run:
+        """A run of these requests that has not decoded yet. Raises ValueError if a prompt fills the context."""
+        return Run(self, requests, seed)
 
-        A caller that is interrupted keeps what it has been given. Raises
-        ValueError if a prompt leaves no room to sample in the engine's context.
-        """
-        self._requests, self._seed = list(requests), tuple(seed)
-        self._ready: list[tuple[tuple, _Live]] = []
-        self._rows: list[_Live | None] = [None] * self.engine.rows
-        self._active: dict[int, _Live] = {}
-        self._waiting: list[_Live] = []
-        self._done: list[tuple[int, Rollout]] = []
-        self._start: dict[int, float] = {}
-        self.engine.reset()
-        for number, request in enumerate(self._requests):
+    def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
+        """Yields (number of the request, rollout) as rollouts finish."""
+        return self.start(requests, seed).rollouts()
+
+
+class Run:
+    """The state of one run: which threads are ready, which decode, which wait, and who holds which row."""
+
+    def __init__(self, runtime: Runtime, requests: Sequence[Request], seed: Sequence[int]) -> None:
+        self.runtime, self.engine, self.task, self.limits = runtime, runtime.engine, runtime.task, runtime.limits
+        self.requests, self.seed = list(requests), tuple(seed)
+        self.ready: list[tuple[tuple, _Live]] = []  # a heap
+        self.rows: list[_Live | None] = [None] * self.engine.rows
+        self.active: dict[int, _Live] = {}  # row -> the thread that decodes there
+        self.waiting: list[_Live] = []  # parents, in the order in which they began to wait
+        self.done: list[tuple[int, Rollout]] = []
+        self.started: dict[int, float] = {}  # request -> time of its first prefill
+        for number, request in enumerate(self.requests):
             prompt = self.task.prompt(request.problem)
             if len(prompt) >= self.engine.context:
                 raise ValueError(
@@ -376,77 +156,80 @@ class Runtime:
                     "use a model with a longer context"
                 )
             self._begin(None, number, (), prompt, self.limits.rollout_tokens)
-        while self._ready or self._active:
+
+    def rollouts(self) -> Iterator[tuple[int, Rollout]]:
+        """Yields (number of the request, rollout) as rollouts finish. An interrupted caller keeps what it has."""
+        self.engine.reset()
+        while self.ready or self.active:
             if fills := self._schedule():
                 self.engine.prefill(fills)
-            for stopped in self.engine.decode() if self._active else ():
-                self._stopped(self._active.pop(stopped.row), stopped)
-            done, self._done = self._done, []
+            for stopped in self.engine.decode() if self.active else ():
+                self._stopped(self.active.pop(stopped.row), stopped)
+            done, self.done = self.done, []
             yield from done
 
     # -- scheduling
 
     def _begin(self, parent: _Live | None, number: int, path: tuple, prompt: list[int], allowance: int) -> _Live:
-        live = _Live(Thread(path), parent, number, allowance, thread_key(self._seed, self._requests[number], path))
+        live = _Live(Thread(path), parent, number, allowance, thread_key(self.seed, self.requests[number], path))
         live.thread.calls.append(Call(0, prompt))
-        heapq.heappush(self._ready, (live.priority(), live))
+        heapq.heappush(self.ready, (live.priority(), live))
         return live
 
     def _schedule(self) -> list[Fill]:
         """Gives rows to ready threads, best first, until rows run out."""
         fills = []
-        while self._ready:
-            _, live = self._ready[0]
+        while self.ready:
+            _, live = self.ready[0]
             limit, reason = self._room(live)
             if limit > 0 and live.row is None and not self._take_row(live):
                 break
-            heapq.heappop(self._ready)
+            heapq.heappop(self.ready)
             if limit <= 0:
                 self._end(live, reason)
                 continue
             assert live.row is not None
             ids = live.thread.ids()
-            drawn = sum(len(call.sampled) for call in live.thread.calls)
-            fills.append(Fill(live.row, live.cached, ids[live.cached :], live.key, drawn, limit))
-            self._active[live.row] = live
-            self._start.setdefault(live.number, time.monotonic())
+            fills.append(Fill(live.row, live.cached, ids[live.cached :], live.key, live.sampled(), limit))
+            self.active[live.row] = live
+            self.started.setdefault(live.number, time.monotonic())
         return fills
 
     def _room(self, live: _Live) -> tuple[int, str]:
         """How many ids the thread may sample now, and the bound that says so."""
-        own = sum(len(call.sampled) for call in live.thread.calls)
         return min(
             (self.engine.context - len(live.thread.ids()), CONTEXT),
-            (self.limits.thread_tokens + live.answering * self.limits.answer_tokens - own, THREAD_TOKENS),
+            (self.limits.thread_tokens + live.answer_tokens - live.sampled(), THREAD_TOKENS),
             (live.allowance - total_tokens(live.thread), ROLLOUT_TOKENS),
             key=lambda bound: bound[0],
         )
 
     def _take_row(self, live: _Live) -> bool:
-        """Finds a row on the least busy device; the parent that began to wait last yields its row if need be."""
-        free = [row for row, holder in enumerate(self._rows) if holder is None]
+        """Finds a row on the least busy device. If there is none, a waiting parent may lose its row."""
+        free = [row for row, holder in enumerate(self.rows) if holder is None]
         if not free:
-            holders = [parent for parent in self._waiting if parent.row is not None]
+            holders = [parent for parent in self.waiting if parent.row is not None]
             # An eviction costs a prefill: not for a new problem, nor while enough rows are busy.
-            if not holders or live.priority()[0] == NEW or BUSY * len(self._active) >= self.engine.rows:
+            busy_enough = len(self.active) >= EVICT_BELOW_BUSY * self.engine.rows
+            if not holders or live.priority()[0] == NEW or busy_enough:
                 return False
             loser = holders[-1]
             assert loser.row is not None
             free = [loser.row]
-            self._rows[loser.row], loser.row, loser.cached = None, None, 0
-            self.evictions += 1
+            self.rows[loser.row], loser.row, loser.cached = None, None, 0
+            self.runtime.evictions += 1
         per_device = self.engine.rows // self.engine.devices
         busy = [0] * self.engine.devices
-        for row in self._active:
+        for row in self.active:
             busy[row // per_device] += 1
         live.row = min(free, key=lambda row: (busy[row // per_device], row))
-        self._rows[live.row] = live
+        self.rows[live.row] = live
         return True
 
     # -- what happens to a thread
 
     def _stopped(self, live: _Live, stopped: Stopped) -> None:
-        """Books what a row sampled and decides what becomes of its thread."""
+        """Records what a row sampled and decides how its thread goes on."""
         _, reason = self._room(live)
         call = live.thread.calls[-1]
         call.sampled, call.logprobs = stopped.ids, stopped.logprobs
@@ -472,9 +255,7 @@ class Runtime:
             return self._end(live, MALFORMED)
         if len(spawn.prompts) > limits.children:
             return self._end(live, CHILDREN)
-        thread.calls[-1].stop = SPAWN
-        if self.watch:
-            self.watch(thread)
+        self._call_stopped(thread, SPAWN)
         live.rewind, live.pending = spawn.start, len(spawn.prompts)
         allowance = (live.allowance - total_tokens(thread)) // len(spawn.prompts)
         children = [
@@ -482,17 +263,20 @@ class Runtime:
             for child, prompt in enumerate(spawn.prompts)
         ]
         thread.spawns.append([child.thread for child in children])
-        self._waiting.append(live)
+        self.waiting.append(live)
+
+    def _call_stopped(self, thread: Thread, reason: str) -> None:
+        thread.calls[-1].stop = reason
+        if self.runtime.watch:
+            self.runtime.watch(thread)
 
     def _end(self, live: _Live, reason: str) -> None:
-        """Ends a thread; its row is free, and its parent goes on if it was the last child. A root may be forced on."""
-        live.thread.calls[-1].stop = reason
-        if self.watch:
-            self.watch(live.thread)
+        """Ends a thread and frees its row. After the last child its parent goes on. A root may be forced on."""
+        self._call_stopped(live.thread, reason)
         if live.parent is None and (forced := self._forced(live)):
             return self._continue(live, *forced)
         if live.row is not None:
-            self._rows[live.row] = None
+            self.rows[live.row] = None
         if live.parent is None:
             return self._finish(live)
         live.parent.pending -= 1
@@ -501,30 +285,31 @@ class Runtime:
 
     def _join(self, live: _Live) -> None:
         """Rewinds a parent to before its spawn block, extends it by the join block and makes it ready."""
-        self._waiting.remove(live)
+        self.waiting.remove(live)
         self._continue(live, live.rewind, self.task.join(live.thread.spawns[-1]))
 
     def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:
+        """Makes a thread ready whose next call keeps `keep` ids and adds `ids`."""
         live.cached = min(live.cached, keep)
         live.thread.calls.append(Call(keep, ids))
-        heapq.heappush(self._ready, (live.priority(), live))
+        heapq.heappush(self.ready, (live.priority(), live))
 
     def _forced(self, live: _Live) -> tuple[int, list[int]] | None:
         """How a root that has stopped goes on by budget forcing; None if it does not."""
-        ids = live.thread.ids()
-        if live.thread.stop == THREAD_TOKENS and self.limits.answer_tokens and not live.answering:
-            live.answering = True
-            return self.task.answer(self._requests[live.number].problem, ids)
+        ids, task = live.thread.ids(), typing.cast(ForcedTask, self.task)
+        if live.thread.stop == THREAD_TOKENS and self.limits.answer_tokens and not live.answer_tokens:
+            live.answer_tokens = self.limits.answer_tokens
+            return task.answer(self.requests[live.number].problem, ids)
         if live.thread.stop == END and live.extended < self.limits.extensions:
             live.extended += 1
-            return self.task.extend(ids)
+            return task.extend(ids)
         return None
 
     def _finish(self, live: _Live) -> None:
-        request = self._requests[live.number]
-        milliseconds = 1e3 * (time.monotonic() - self._start.get(live.number, time.monotonic()))
+        request = self.requests[live.number]
+        milliseconds = 1e3 * (time.monotonic() - self.started.get(live.number, time.monotonic()))
         grade = self.task.grade(request.problem, live.thread)
-        self._done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
+        self.done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
 
 
 def side_by_side(
@@ -533,15 +318,15 @@ def side_by_side(
     seed: Sequence[int],
     tell: Callable[[], None] | None = None,
 ) -> list[Rollout]:
-    """All rollouts, in the order of `requests`: each runtime runs an equal share, in a host thread of its own.
+    """All rollouts, in the order of `requests`. Each runtime runs an equal share in its own host thread.
 
-    `tell` is called after each rollout. Raises Interrupted, with those that are done, on Ctrl-C, and whatever a
-    runtime raises.
+    `tell` is called after each rollout. Raises Interrupted, with the rollouts that are done, on Ctrl-C, and
+    whatever a runtime raises.
     """
     finished: dict[int, Rollout] = {}
     leave = threading.Event()
 
-    def lane(first: int) -> None:
+    def worker(first: int) -> None:
         share = requests[first :: len(runtimes)]
         for number, rollout in runtimes[first].stream(share, seed):
             finished[first + number * len(runtimes)] = rollout
@@ -553,10 +338,10 @@ def side_by_side(
     try:
         with concurrent.futures.ThreadPoolExecutor(len(runtimes)) as pool:
             try:
-                for running in concurrent.futures.as_completed(pool.submit(lane, n) for n in range(len(runtimes))):
+                for running in concurrent.futures.as_completed(pool.submit(worker, n) for n in range(len(runtimes))):
                     running.result()
             finally:
-                leave.set()  # or the others would run to their end before an error is heard of
+                leave.set()  # without it, an error of one worker would wait until the others end
     except KeyboardInterrupt as interrupt:
         raise Interrupted([finished[number] for number in sorted(finished)]) from interrupt
     return [finished[number] for number in range(len(requests))]

@@ -1,47 +1,47 @@
 """The sampler: rows that are threads, decoded in bursts on the device, refilled, rewound and extended.
 
-A row is a KV cache of `context` ids. The host keeps what is small (the ids of
-every row, who is active, how much each may still draw) and the device what is
-large (the history); every device call is a pure function of both.
+A row is a KV cache of `context` ids. The host keeps what is small: the ids of every row, who is active,
+how many ids each may still sample. The device keeps what is large: the *history*, the keys and values of
+every row. Every device call is a pure function of both (`decoding.py`).
 
-  prefill  1. rewind the row to `keep` ids, append the fill's ids;
-           2. feed those that are not cached yet, but for the last one, in chunks of
-              a few fixed lengths, several rows per call; nothing else is fed.
-  decode   3. part the active rows into groups of like length, small enough for a CPU's
-              cache, and gather the histories of a group into a view of `bucket`-sized
-              steps, as long as the longest of them: compute follows the active
-              rows and their length, not the number of rows and the context;
-           4. burst, group by group: a `while_loop` feeds each row its last id and draws the next one.
-              New keys and values go into a tail which all rows write at the same
-              column (cheap), attention looks at view and tail. A row is done at a
-              stop id or at its limit; the burst ends after `burst` steps, or when
-              a quarter of its rows are done;
-           5. flush the tail into the histories, each row's at its own length;
-           6. the host reads ids and log-probs of a group while the next one decodes,
-              and repeats until a quarter of the rows have stopped, so that as many are
-              refilled at once: few large prefills are faster than many small ones.
+  prefill  1. Rewind the row to `keep` ids and append the ids of the fill.
+           2. Feed the ids that are not cached yet, except the last one, in chunks of a few fixed lengths,
+              several rows per call. Nothing else is fed.
+  decode   3. Part the active rows into groups of similar length that fit the cache of a CPU. Gather the
+              histories of a group into a *view*, as long as the longest row, in steps of `bucket` slots.
+              So compute follows the active rows and their lengths, not the number of rows and the context.
+           4. Burst: a `while_loop` feeds each row its last id and samples the next one. New keys and values
+              go into a *tail* that all rows write at the same column, which is cheap. Attention reads view
+              and tail. A row is done at a stop id or at its limit. The burst ends after `burst` steps, or
+              when a quarter of its rows are done.
+           5. Flush the tail into the histories, each row at its own length.
+           6. The host reads the ids of one group while the next one decodes. It repeats until a quarter of
+              the rows have stopped, and they are refilled at once: few large prefills beat many small ones.
 
-The last id of a row is never fed before there is something to draw after it, so a
-row that stopped holds one id more than its cache, and a fill of a single id needs
-no prefill.
+Example: four rows, a bucket of 4 slots, a burst of 3 steps; h is history, t the tail, . is not visible.
 
-Draw n of a thread is a function of (its key, n) and its distribution alone: one
-uniform, `fold_in(key, n)`, looked up in the cumulative distribution. Rows,
-devices and neighbours cannot change it, but for rounding at a near tie.
+    row 0  h h h h h .  .  .  | t t t      The view has 8 slots, two buckets, because row 1 is the longest.
+    row 1  h h h h h h  h  .  | t t t      The tail is the same three columns for all rows.
+    row 2  h h .  .  .  .  .  .  | t t t      The flush writes it behind each row's own h: to slots 5, 7, 2, ...
 
-Several devices: `shard_map` over the mesh axis "data"; each owns rows / devices
-rows (device d the rows d * rows / devices and on), their history and its own
-loop, and nothing is communicated. This module knows nothing of tasks, spawn or join.
+The last id of a row is fed only when an id is to be sampled after it. So a row that stopped holds one id
+more than its cache, and a fill of one id needs no prefill: ids [5, 7, 9] have a cache of 5 and 7, the next
+step feeds 9 and samples.
 
-Deviations from the paper: its engine sends the whole context again after a join.
+Draw n of a thread depends on (its key, n) and on its distribution alone: one uniform number,
+`fold_in(key, n)`, is looked up in the cumulative distribution. A rewind repeats positions, never counts,
+so draws are keyed by count. Rows, devices and neighbours change no draw, except by rounding at a near tie.
+
+Several devices: each owns rows / devices rows, their history and its own loop. Nothing is communicated.
+This module knows nothing of tasks, spawn or join.
+
+Deviation from the paper: its engine sends the whole context again after a join.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import itertools
 import time
 import typing
 from collections.abc import Iterator, Sequence
@@ -52,251 +52,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import Decoder, ModelConfig, Past
-from parallel_runtime import Fill, Stopped
+from decoding import DECODE_COLUMNS, ENOUGH, PREFILL_COLUMNS, ROWS, Cache, SamplerConfig, compiled
+from model import Decoder
+from protocols import Fill, Stopped
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
 PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
-ENOUGH = 4  # a burst ends when 1 / ENOUGH of its rows are done, decoding when 1 / ENOUGH of all are
-ROWS = PartitionSpec("data")
-# Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
-DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
-PREFILL_COLUMNS = ("row", "length")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """How many rows there are and how they are sampled. Raises ValueError on values that make no sense."""
-
-    rows: int  # threads decoded side by side, over all devices of a process
-    burst: int  # most decode steps per device call
-    bucket: int  # histories are viewed in multiples of this many slots
-    view: int  # most slots, rows x length, that one device call views: on a CPU as many as its cache holds
-    temperature: float  # 0 is greedy
-    top_k: int  # sample from the k most likely ids; 0 is off
-    top_p: float  # sample from the most likely ids that together have this probability; 1 is off
-
-    def __post_init__(self) -> None:
-        for field in ("rows", "burst", "bucket", "view"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"sampler.{field} must be at least 1, not {getattr(self, field)}")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"sampler.temperature={self.temperature} and top_k={self.top_k} must not be negative, "
-                f"and 0 < top_p={self.top_p} <= 1"
-            )
-
-    def check(self, model: ModelConfig, devices: int) -> None:
-        """Raises ValueError if this model or number of devices cannot be sampled with these settings."""
-        if self.rows % devices:
-            raise ValueError(f"sampler.rows={self.rows} must be a multiple of the {devices} devices")
-        if self.top_k > model.vocab_size:
-            raise ValueError(f"sampler.top_k={self.top_k} exceeds the vocabulary of {model.vocab_size}")
-
-
-class Cache(typing.NamedTuple):
-    """Keys and values, layer by layer; per device [R/data, K, S, H], the order in which attention reads them.
-
-    One array per layer and the heads outside the slots: otherwise XLA on CPU copies the cache in every step.
-    """
-
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
-
-    @classmethod
-    def of(cls, new: typing.Any) -> Cache:
-        """From the keys and values [L, B, T, K, H] that the model returns."""
-        return cls(*(tuple(jnp.swapaxes(x, 2, 3)) for x in new))
-
-    def past(self, visible_BS: Array) -> Past:
-        """As the model reads it; lists stand for the axis of layers."""
-        k, v = ([jnp.swapaxes(x, 1, 2) for x in part] for part in self)
-        return Past(typing.cast(Array, k), typing.cast(Array, v), visible_BS)
-
-
-class Burst(typing.NamedTuple):
-    """What a burst carries from step to step, per device; B rows take part."""
-
-    step: Array  # int32 scalar
-    count_B: Array  # int32: ids drawn in this burst
-    done_B: Array  # bool
-    token_B: Array  # int32: id to feed next
-    tail: Cache  # [B, K, burst, H], column i written at step i
-    ids_BI: Array  # int32 [B, burst]
-    logp_BI: Array  # float32 [B, burst]: model's log-probs
-    sampled_logp_BI: Array  # float32 [B, burst]: log-probs of the distribution drawn from
-
-
-# ------------------------------------------------------------------- the draw
-
-
-def sampling_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
-    """Log-probs [B, V] of the distribution sampled from: temperature, then top-k, then top-p (ties stay in).
-
-    `config.temperature` must not be 0. Ids outside the support have -inf.
-    """
-    logits_BV = logits_BV / config.temperature
-    if config.top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, config.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    logp_BV = jax.nn.log_softmax(logits_BV)
-    if config.top_p < 1:
-        falling_BV = jnp.sort(logp_BV, axis=-1, descending=True)
-        p_BV = jnp.exp(falling_BV)
-        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < config.top_p
-        least_B1 = jnp.where(needed_BV, falling_BV, jnp.inf).min(axis=-1, keepdims=True)
-        logp_BV = jax.nn.log_softmax(jnp.where(logp_BV < least_B1, -jnp.inf, logp_BV))
-    return logp_BV
-
-
-def draw(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConfig) -> tuple[Array, Array, Array]:
-    """One id per row: (ids, the model's log-probs of them, log-probs under the distribution drawn from), each [B].
-
-    key is uint32 [B, 2], number the count of draws its thread has made before.
-    """
-    logp_BV = jax.nn.log_softmax(logits_BV)
-    if config.temperature == 0:
-        ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return ids_B, _pick(logp_BV, ids_B), jnp.zeros_like(logp_BV[:, 0])
-    sampled_BV = sampling_logprobs(logits_BV, config)
-    p_BV = jnp.exp(sampled_BV)
-    # Rounding can leave the cumulative sum not quite monotone: an id of probability 0 is excluded by name.
-    cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
-    u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
-    ids_B = jnp.argmax(cumulative_BV > u_B[:, None], axis=-1).astype(jnp.int32)
-    return ids_B, _pick(logp_BV, ids_B), _pick(sampled_BV, ids_B)
-
-
-def _uniform(key_2: Array, number: Array) -> Array:
-    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), number))
-
-
-def _pick(x_BV: Array, ids_B: Array) -> Array:
-    return jnp.take_along_axis(x_BV, ids_B[:, None], axis=-1)[:, 0]
-
-
-# ------------------------------------------------------------------- device functions (all shapes per device)
-
-
-def _view(history: Array, row_B: Array, slots: int) -> Array:
-    """The first `slots` slots of some rows: [R/data, K, S, H] -> [B, K, slots, H]."""
-    if row_B.shape[0] == history.shape[0]:
-        return history[:, :, :slots]  # the host sends the rows in order then
-    return history.at[row_B, :, :slots].get(mode="clip")
-
-
-def _write(history: Array, row_B: Array, start_B: Array, new: Array) -> Array:
-    """Writes new [B, K, T, H] to slots [start, start + T) of the rows; those of "no row" are dropped."""
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
-    )
-    where_B2 = jnp.stack([row_B, start_B], axis=1)
-    return jax.lax.scatter(history, where_B2, new, numbers, unique_indices=True, mode="drop")
-
-
-def _prefill_device(
-    model: Decoder, params: typing.Any, history: Cache, rows_B: Array, ids_BT: Array, slots: int
-) -> Cache:
-    """Feeds ids [B, T] after the first `length` slots of their rows; rows is int32 [B, columns]."""
-    row_B, length_B = rows_B.T
-    T = ids_BT.shape[1]
-    view = jax.tree.map(lambda x: _view(x, row_B, slots), history)
-    past = [view.past(jnp.arange(slots)[None] < length_B[:, None])] if slots else []
-    positions_BT = length_B[:, None] + jnp.arange(T)[None]
-    until_BT = jnp.full_like(ids_BT, T)
-    _, new = model.apply({"params": params}, ids_BT, positions_BT, until_BT, past)
-    return jax.tree.map(lambda x, new: _write(x, row_B, length_B, new), history, Cache.of(new))
-
-
-def _decode_device(
-    model: Decoder,
-    config: SamplerConfig,
-    stop_ids: tuple[int, ...],
-    params: typing.Any,
-    history: Cache,
-    rows_B: Array,
-    slots: int,
-) -> tuple[Cache, tuple[Array, Array, Array, Array]]:
-    """One burst of the rows int32 [B, columns]; returns what a `Burst` says of counts, ids and log-probs."""
-    row_B, length_B, token_B, drawn_B, limit_B, *key = rows_B.T
-    key_B2 = jax.lax.bitcast_convert_type(jnp.stack(key, axis=1), jnp.uint32)
-    view = jax.tree.map(lambda x: _view(x, row_B, slots), history)
-    old_BS = jnp.arange(slots)[None] < length_B[:, None]
-    idle_B = limit_B == 0
-    enough = (jnp.sum(~idle_B) + ENOUGH - 1) // ENOUGH
-
-    def going(burst: Burst) -> Array:
-        return (burst.step < config.burst) & (jnp.sum(burst.done_B & ~idle_B) < enough)
-
-    def step(burst: Burst) -> Burst:
-        visible_BI = jnp.broadcast_to(jnp.arange(config.burst) < burst.step, burst.ids_BI.shape)
-        tokens_B1 = burst.token_B[:, None]
-        positions_B1 = length_B[:, None] + burst.step
-        past = view.past(old_BS), burst.tail.past(visible_BI)
-        logits, new = model.apply({"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), past)
-        ids_B, logp_B, sampled_logp_B = draw(logits[:, 0], key_B2, drawn_B + burst.step, config)
-        # Never the 0, but now the tail is written after all reads of it; else XLA copies it in every step.
-        column = jnp.where(ids_B[0] < 0, 0, burst.step)
-        count_B = burst.count_B + ~burst.done_B
-        stop_B = (ids_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)
-        return Burst(
-            burst.step + 1,
-            count_B,
-            burst.done_B | stop_B | (count_B >= limit_B),
-            ids_B,
-            jax.tree.map(lambda x, new: _put(x, new, column, 2), burst.tail, Cache.of(new)),
-            _put(burst.ids_BI, ids_B[:, None], burst.step),
-            _put(burst.logp_BI, logp_B[:, None], burst.step),
-            _put(burst.sampled_logp_BI, sampled_logp_B[:, None], burst.step),
-        )
-
-    B = row_B.shape[0]
-    start = Burst(
-        _zeros((), jnp.int32),
-        _zeros((B,), jnp.int32),
-        idle_B,
-        token_B,
-        jax.tree.map(lambda x: _zeros((*x.shape[:2], config.burst, x.shape[3]), x.dtype), view),
-        _zeros((B, config.burst), jnp.int32),
-        _zeros((B, config.burst), jnp.float32),
-        _zeros((B, config.burst), jnp.float32),
-    )
-    end = jax.lax.while_loop(going, step, start)
-    history = jax.tree.map(lambda x, tail: _write(x, row_B, length_B, tail), history, end.tail)
-    return history, (end.count_B, end.ids_BI, end.logp_BI, end.sampled_logp_BI)
-
-
-def _put(x: Array, column: Array, step: Array, axis: int = 1) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, column.astype(x.dtype), step, axis)
-
-
-def _zeros(shape: tuple[int, ...], dtype: typing.Any) -> Array:
-    """Zeros that differ between devices once the loop has run: its carry must have one type."""
-    return jax.lax.pcast(jnp.zeros(shape, dtype), "data", to="varying")
-
-
-@functools.cache
-def _compiled(model: Decoder, config: SamplerConfig, stop_ids: tuple[int, ...], mesh: Mesh) -> tuple[typing.Any, ...]:
-    """The jitted (prefill, decode) over all devices. They compile once per combination of buckets."""
-
-    def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
-        specs = (PartitionSpec(), ROWS, ROWS, ROWS)
-        device = functools.partial(_prefill_device, model, slots=slots)
-        return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows, ids)
-
-    def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
-        specs = (PartitionSpec(), ROWS, ROWS)
-        device = functools.partial(_decode_device, model, config, stop_ids, slots=slots)
-        return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows)
-
-    # The history goes out as it came in: were its sharding spelled another way, every function would compile twice.
-    jit = functools.partial(
-        jax.jit, static_argnames="slots", donate_argnames="history", out_shardings=NamedSharding(mesh, ROWS)
-    )
-    return jit(prefill), jit(decode)
-
-
-# ------------------------------------------------------------------- host
 
 
 @dataclasses.dataclass
@@ -308,7 +69,7 @@ class _Row:
     limit: int = 0  # ids that may still be drawn; 0 is inactive
     key: tuple[int, int] = (0, 0)
     drawn: int = 0
-    drew: Stopped = dataclasses.field(default_factory=lambda: Stopped(0, [], [], []))  # since its last fill
+    drew: Stopped = dataclasses.field(default_factory=lambda: Stopped(0, [], []))  # since its last fill
 
 
 class Sampler:
@@ -328,7 +89,7 @@ class Sampler:
     ) -> None:
         self.mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
         self.rows, self.devices, self.context = config.rows, self.mesh.shape["data"], model.config.context
-        config.check(model.config, self.devices)
+        config.fit(model.config, self.devices)
         self.model, self.config = model, config
         self.per_device = self.rows // self.devices
         self.row_buckets = _doubling(self.per_device)
@@ -340,14 +101,9 @@ class Sampler:
         self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stop_ids = frozenset(stop_ids)
         self._history = self._empty()
-        self._prefill, self._decode = _compiled(model, config, tuple(stop_ids), self.mesh)
+        self._prefill, self._decode = compiled(model, config, tuple(stop_ids), self.mesh)
         self.update(params)
         self.reset()
-
-    @property
-    def compilations(self) -> int:
-        """Device functions compiled so far, by all samplers alike in model, config, stop ids and mesh."""
-        return self._prefill._cache_size() + self._decode._cache_size()
 
     def _empty(self) -> Cache:
         c = self.model.config
@@ -368,16 +124,6 @@ class Sampler:
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._history)):
             self._history = self._empty()
         self._rows = [_Row() for _ in range(self.rows)]
-
-    def warmup(self) -> None:
-        """Compiles the device functions for every combination of buckets; otherwise each compiles when first used."""
-        for slots in self.slot_buckets:
-            for size in self.row_buckets[: self.row_buckets.index(self._most(slots)) + 1]:
-                jax.block_until_ready(self._run_decode(self._layout([], size, len(DECODE_COLUMNS))[0], slots))
-        sizes = [size for size in PREFILL_ROWS if size <= self.per_device]
-        for slots, size, length in itertools.product(self.prefill_slots, sizes, self.prefill_lengths):
-            rows, _ = self._layout([], size, len(PREFILL_COLUMNS))
-            self._run_prefill(rows, np.zeros((len(rows), length), np.int32), slots)
 
     def _run_prefill(self, rows: np.ndarray, ids: np.ndarray, slots: int) -> None:
         self._history = self._prefill(self._params, self._history, *self._put(rows, ids), slots=slots)
@@ -401,7 +147,7 @@ class Sampler:
             row.ids = row.ids[: fill.keep] + fill.ids
             row.cached = min(row.cached, fill.keep)
             row.limit, row.key, row.drawn = min(fill.limit, self.context - len(row.ids)), fill.key, fill.drawn
-            row.drew = Stopped(fill.row, [], [], [])
+            row.drew = Stopped(fill.row, [], [])
         while waiting := [fill.row for fill in fills if self._lacking(fill.row)]:
             self._feed(*self._group(waiting))
         self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)
@@ -517,7 +263,7 @@ class Sampler:
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
         return len(rows), order, self._run_decode(rows, slots)
 
-    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray, sampled_logp: np.ndarray) -> None:
+    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray) -> None:
         """Notes what a row has drawn; one that has stopped gets the limit 0."""
         row, new = self._rows[number], ids[:count].tolist()
         row.ids += new
@@ -526,7 +272,6 @@ class Sampler:
         row.limit = 0 if new and new[-1] in self._stop_ids else row.limit - len(new)
         row.drew.ids += new
         row.drew.logprobs += logp[:count].tolist()
-        row.drew.sampled_logprobs += sampled_logp[:count].tolist()
 
 
 def _fit(buckets: Sequence[int], needed: int) -> int:

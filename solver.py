@@ -30,7 +30,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from absl import flags
 
@@ -39,7 +39,7 @@ from countdown.grader import LARGEST, MOST, Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
 from countdown.task import METHODS, Countdown, record, root_prompt
-from parallel_runtime import Rollout
+from records import Rollout, stored
 
 Split = Literal["train", "validation", "heldout"]
 ORDERS = ("fixed", "random")
@@ -239,11 +239,6 @@ def demonstration(
     return record(drawn, trace, dataclasses.replace(task, sub_calls=sub_calls, token_budget=token_budget))
 
 
-def stored(rollout: Rollout, method: str, number_limit: int) -> dict[str, Any]:
-    """What a trace file keeps: the record, and the `Tokenizer`'s limit to read its ids by (see figures.read_trace)."""
-    return {"method": method, "number_limit": number_limit, "rollout": dataclasses.asdict(rollout)}
-
-
 # ---------------------------------------------------------------- command line
 
 NUMBER_LIMIT = 10  # of the tokenizer here: digit by digit
@@ -304,7 +299,8 @@ def main(arguments: Sequence[str]) -> int:
     trace = demonstrate(problem, config, random.Random(values.seed))
     rollout = record(problem, trace, Countdown(tokenizer, values.method))
     if values.json:
-        print(json.dumps(stored(rollout, values.method, NUMBER_LIMIT)))
+        facts = {"method": values.method, "number_limit": NUMBER_LIMIT}
+        print(json.dumps(stored("countdown", facts, rollout)))
     else:
         _show(rollout, tokenizer)
     return 0

@@ -25,6 +25,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checks import FRACTION, Checked, above, at_least, one_of, require
 from model import MATRICES, Decoder, param_spec, token_logprobs
 from packing import TokenBatch
 
@@ -60,36 +62,25 @@ LossFn = Callable[[Outputs, TokenBatch], tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """The optimizer and its schedule. Raises ValueError on values that cannot train."""
 
-    matrices: str  # what moves the matrices: "muon" or "adam"; embeddings and norms are always Adam's
-    learning_rate: float  # peak
-    end_learning_rate: float  # at the last step
-    warmup_steps: int
-    steps: int
-    weight_decay: float  # of the matrices; with Adam of embeddings too
-    clip: float  # global norm
-    beta1: float
-    beta2: float
-    momentum: float  # of Muon
+    section = "optimizer"
+    matrices: Annotated[str, one_of("muon", "adam")]  # for the matrices; embeddings and norms always use Adam
+    learning_rate: Annotated[float, above(0)]  # peak
+    end_learning_rate: Annotated[float, at_least(0)]  # at the last step
+    warmup_steps: Annotated[int, at_least(0)]
+    steps: Annotated[int, at_least(1)]
+    weight_decay: Annotated[float, at_least(0)]  # of the matrices; with Adam of embeddings too
+    clip: Annotated[float, above(0)]  # global norm
+    beta1: Annotated[float, FRACTION]
+    beta2: Annotated[float, FRACTION]
+    momentum: Annotated[float, FRACTION]  # of Muon
 
-    def __post_init__(self) -> None:
-        if self.matrices not in ("muon", "adam"):
-            raise ValueError(f"optimizer.matrices must be 'muon' or 'adam', not {self.matrices!r}")
-        if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"optimizer.steps={self.steps} must be above optimizer.warmup_steps={self.warmup_steps} >= 0"
-            )
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be positive")
-        for name in ("end_learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+    def check(self) -> None:
+        """Checks the schedule."""
+        longer = self.steps > self.warmup_steps
+        require(longer, f"optimizer.steps={self.steps} must be above optimizer.warmup_steps={self.warmup_steps} >= 0")
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. (2024): steepest at 0, so that five rounds are enough
@@ -197,10 +188,11 @@ def placed_state(optimizer: optax.GradientTransformation, mesh: Mesh, params: ty
     return jax.jit(functools.partial(start_state, optimizer), out_shardings=shardings)(params)
 
 
-def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:
-    """Log-prob, entropy and rank of every token of the batch."""
+def outputs(model: Decoder, params: typing.Any, batch: TokenBatch, temperature: float = 1.0) -> Outputs:
+    """Log-prob, entropy and rank of every token of the batch, under the policy of a temperature."""
     logits, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.until)
-    fixed = jax.lax.stop_gradient(logits[:, :-1])  # entropy and rank are figures, not losses
+    logits = logits / temperature
+    fixed = jax.lax.stop_gradient(logits[:, :-1])  # entropy and rank are metrics only: no gradient
     logsum = jax.nn.logsumexp(fixed, axis=-1)
     entropy = logsum - jnp.sum(jnp.exp(fixed - logsum[..., None]) * fixed, axis=-1)
     top = jnp.take_along_axis(fixed, batch.tokens[:, 1:, None], axis=-1)[..., 0] >= fixed.max(axis=-1)
@@ -209,17 +201,18 @@ def outputs(model: Decoder, params: typing.Any, batch: TokenBatch) -> Outputs:
 
 
 def make_train_step(
-    model: Decoder, optimizer: optax.GradientTransformation, loss_fn: LossFn, mesh: Mesh
+    model: Decoder, optimizer: optax.GradientTransformation, loss_fn: LossFn, mesh: Mesh, temperature: float = 1.0
 ) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array], Array]]:
-    """Compiles `train_step` for a mesh. Its batch has fields [M, R, T]; its first argument is donated.
+    """Compiles `train_step` for a mesh and the policy of a temperature.
 
-    Returns the next state, the step's metrics, and the log-prob of every token [M, R, T] under the parameters that
-    the step began with. Metrics: loss, grad_norm, tokens (sampled), accuracy and entropy
-    (means over sampled tokens), and whatever the loss reports, summed.
+    The compiled function takes a state, which it donates, and a batch with fields [M, R, T]. It returns the next
+    state, the metrics of the step, and the log-prob [M, R, T] of every token under the old parameters. Metrics:
+    loss, grad_norm, tokens (sampled), accuracy and entropy (means over sampled tokens), and the sums of what the
+    loss reports.
     """
 
     def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        out = outputs(model, params, batch)
+        out = outputs(model, params, batch, temperature)
         loss_RT, extra = loss_fn(out, batch)
         sampled = batch.sampled.astype(jnp.float32)
         sums = {"tokens": sampled, "accuracy": out.top * sampled, "entropy": out.entropy * sampled, **extra}
@@ -273,7 +266,7 @@ def _used(batches: TokenBatch) -> Array:
     return jnp.max(jnp.where(busy_M, jnp.arange(1, busy_M.shape[0] + 1), 0))
 
 
-def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch], Array]:
+def make_score(model: Decoder, mesh: Mesh, temperature: float = 1.0) -> Callable[[typing.Any, TokenBatch], Array]:
     """Compiles (params, batch [M, R, T]) -> log-prob of every token [M, R, T]; empty micro-batches are skipped."""
 
     def score(params: typing.Any, batches: TokenBatch) -> Array:
@@ -281,24 +274,9 @@ def make_score(model: Decoder, mesh: Mesh) -> Callable[[typing.Any, TokenBatch],
 
         def one(m: Array, logp: Array) -> Array:
             batch = TokenBatch(*(field[m] for field in batches))
-            return logp.at[m].set(outputs(model, params, batch).logp)
+            return logp.at[m].set(outputs(model, params, batch, temperature).logp)
 
         return jax.lax.fori_loop(0, used, one, jnp.zeros(batches.tokens.shape, jnp.float32))
 
     compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda params, batches: compiled(params, _spread(batches, mesh))
-
-
-def split(batch: TokenBatch, micro_rows: int) -> TokenBatch:
-    """A batch [R, T] as micro-batches [R / micro_rows, micro_rows, T]."""
-    return TokenBatch(*(field.reshape(-1, micro_rows, field.shape[-1]) for field in batch))
-
-
-def stack(batches: list[TokenBatch], least: int = 1) -> TokenBatch:
-    """Micro-batches [R, T] as one batch [M, R, T]; M is the next power of two from `least`, the rest empty.
-
-    Few values of M mean few compilations; empty micro-batches cost nothing.
-    """
-    count = max(least, 1 << (len(batches) - 1).bit_length())
-    empty = TokenBatch(*(np.zeros_like(field) for field in batches[0]))
-    return TokenBatch(*(np.stack(fields) for fields in zip(*batches, *[empty] * (count - len(batches)), strict=True)))

@@ -36,7 +36,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import charts, tables
-from analysis.charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Entry, Line, Style, rank
+from analysis.charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Line, Style
+from analysis.choose import Entry, read_logs, read_results
+from analysis.labels import rank
 from analysis.viewer import page, page_data, read_trace
 from harness.cli import UsageError, launch, usage_errors
 
@@ -166,8 +168,8 @@ def render(chart: Chart) -> Figure:
 
 def write_tables(entries: Sequence[Entry], output: pathlib.Path) -> str:
     """Writes tables.md, prints which tables have no rows, returns the file."""
-    family = ", ".join(f"{name} {value}" for name, value in entries[0]["family"].items())
-    text = f"{entries[0]['n']} held-out problems ({family}). Intervals, in parentheses or after ±, are of 95 %.\n"
+    family = ", ".join(f"{name} {value}" for name, value in entries[0].family.items())
+    text = f"{entries[0].n} held-out problems ({family}). Intervals, in parentheses or after ±, are of 95 %.\n"
     for table in (build(entries) for build in tables.TABLES):
         if table.rows:
             text += tables.markdown(table)
@@ -210,12 +212,12 @@ def main(_: list[str]) -> None:
         raise UsageError("--trace makes a page of its own: leave out --results and --runs")
     if args.trace is not None:
         output = pathlib.Path(args.output or pathlib.Path(args.trace).with_suffix(".html"))
-        html = page(page_data(*read_trace(args.trace)))
+        html = page(page_data(read_trace(args.trace)))
         with usage_errors():
             output.write_text(html, encoding="utf-8")
         print(f"wrote {output}")
     elif args.results or args.runs:
-        entries, logs = charts.read_results(args.results), charts.read_logs(args.runs)
+        entries, logs = read_results(args.results), read_logs(args.runs)
         drawn = {build.__name__: build(entries) for build in charts.RESULT_CHARTS if entries}
         drawn |= {build.__name__: build(logs) for build in charts.RUN_CHARTS if logs}
         output = pathlib.Path(args.output or "runs/figures")

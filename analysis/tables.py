@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections import Counter
 from collections.abc import Sequence
 
-from analysis.charts import (
-    PAPER_ACCURACY,
-    PAPER_RL,
-    PAPER_TEMPERATURES,
-    PAPERS_OWN,
-    THREADS,
-    Entry,
-    Row,
-    asked,
-    by_problem,
-    forced,
-    free,
-    point,
-    policy,
-    rank,
-    rl_pairs,
-    sampled,
-    whole,
-)
+from analysis.charts import point
+from analysis.choose import THREADS, Entry, asked, by_problem, forced, free, policy, rl_pairs, sampled, whole
+from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
 from harness import stats
+
+Row = list[typing.Any]  # cells of a table
 
 
 class Table(typing.NamedTuple):
@@ -61,20 +48,20 @@ def costs(entry: Entry) -> list[str]:
 
 def kept(entry: Entry, name: str) -> str:
     """How an entry kept to the budget it was given; empty if it was given none."""
-    return f"{entry['kept'][name]:.3g}" if entry["kept"] else ""
+    return f"{entry.kept[name]:.3g}" if entry.kept else ""
 
 
 def paper_accuracy(entry: Entry) -> str:
     """What the paper reports for this label, budget and temperature; empty if nothing."""
-    row = PAPER_ACCURACY.get((entry["label"], entry["budget"]))
-    known = row and entry["temperature"] in PAPER_TEMPERATURES
-    return f"{row[PAPER_TEMPERATURES.index(entry['temperature'])]:.3f}" if row and known else ""
+    row = PAPER_ACCURACY.get((entry.label, entry.budget))
+    known = row and entry.temperature in PAPER_TEMPERATURES
+    return f"{row[PAPER_TEMPERATURES.index(entry.temperature)]:.3f}" if row and known else ""
 
 
 def accuracy_table(entries: Sequence[Entry]) -> Table:
     """Accuracy by method and temperature."""
     rows = [
-        [e["label"], f"{e['temperature']:g}", accuracy(e), e["n"], e["training_seed"], e["seed"], paper_accuracy(e)]
+        [e.label, f"{e.temperature:g}", accuracy(e), e.n, e.training_seed, e.seed, paper_accuracy(e)]
         for e in free(entries)
     ]
     head = "method | temperature | accuracy | problems | training seed | seed of draws | paper"
@@ -88,11 +75,11 @@ def rl_table(entries: Sequence[Entry]) -> Table:
         before, correct = pair[0], [by_problem(e, "correct") for e in pair]
         cells = [[accuracy(e) for e in pair], [share(stats.paired(*correct), "+.3f", " to ")]]
         cells += [[*both] for both in zip(*map(costs, pair), strict=True)]
-        cells += [[f"{e['total_tokens'] / (1 + e['children']):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
-        row = [before["label"], f"{before['temperature']:g}", before["budget"]]
+        cells += [[f"{e.total_tokens / (1 + e.children):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
+        row = [before.label, f"{before.temperature:g}", before.budget]
         row += [" → ".join(filter(None, cell)) for cell in cells]
-        if (before["temperature"], before["budget"]) == (0, "free"):
-            row[-1] += PAPER_RL.get(before["label"], "")
+        if (before.temperature, before.budget) == (0, "free"):
+            row[-1] += PAPER_RL.get(before.label, "")
         rows.append(row)
     note = "The difference is paired, problem by problem; tokens per thread are total tokens / (1 + child threads). "
     head = "method | temperature | budget | accuracy | difference | total tokens | sequential tokens | child threads"
@@ -102,13 +89,13 @@ def rl_table(entries: Sequence[Entry]) -> Table:
 
 def ablation_table(entries: Sequence[Entry]) -> Table:
     """Greedy entries that were asked for threads or tokens or join in another way, beside the same as trained."""
-    greedy = [e for e in entries if e["temperature"] == 0]
-    other = [{**e, "threads": THREADS, "budget": _threads(e)} for e in greedy if e["threads"] != THREADS]
+    greedy = [e for e in entries if e.temperature == 0]
+    other = [dataclasses.replace(e, threads=THREADS, budget=_threads(e)) for e in greedy if e.threads != THREADS]
     changed = asked(greedy, "sub_calls", 0) + asked(greedy, "tokens", 0) + whole(other)
     policies = {policy(e) for e in changed}
-    chosen = sorted([e for e in free(greedy) if policy(e) in policies] + changed, key=lambda e: rank(e["label"]))
+    chosen = sorted([e for e in free(greedy) if policy(e) in policies] + changed, key=lambda e: rank(e.label))
     rows = [
-        [e["label"], e["budget"], accuracy(e), *costs(e), kept(e, "within"), kept(e, "used"), paper_accuracy(e)]
+        [e.label, e.budget, accuracy(e), *costs(e), kept(e, "within"), kept(e, "used"), paper_accuracy(e)]
         for e in chosen
     ]
     head = "method | asked or changed | accuracy | total tokens | sequential tokens | child threads"
@@ -117,7 +104,7 @@ def ablation_table(entries: Sequence[Entry]) -> Table:
 
 
 def _threads(entry: Entry) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in entry["threads"].items() if THREADS.get(name) != value)
+    return ", ".join(f"{name}: {value}" for name, value in entry.threads.items() if THREADS.get(name) != value)
 
 
 def forcing_table(entries: Sequence[Entry]) -> Table:
@@ -125,11 +112,11 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
     rows: list[Row] = []
     caps, floors, _ = forced(entries)
     for group in caps + floors:
-        name = [group[0]["label"], f"{group[0]['temperature']:g}"]
+        name = [group[0].label, f"{group[0].temperature:g}"]
         for e in group:
-            rows.append([*name, e["budget"], accuracy(e), cost(e, "total_tokens"), kept(e, "within"), "", ""])
-        controls = [e["kept"]["within"] for e in group if e["kept"]]
-        points = [(e["total_tokens"], e["accuracy"]) for e in group]
+            rows.append([*name, e.budget, accuracy(e), cost(e, "total_tokens"), kept(e, "within"), "", ""])
+        controls = [e.kept["within"] for e in group if e.kept]
+        points = [(e.total_tokens, e.accuracy) for e in group]
         control = f"{sum(controls) / len(controls):.3g}" if controls else ""
         slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
         rows.append([*name, f"these {len(group)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"])
@@ -144,12 +131,12 @@ def failure_table(entries: Sequence[Entry]) -> Table:
     chosen = free(entries, 0.0)
     totals = Counter[str]()
     for e in chosen:
-        totals.update(e["failures"])
+        totals.update(e.failures)
     rows = []
     for e in chosen:
-        counts = [round(e["failures"].get(kind, 0) * e["n"]) for kind, _ in totals.most_common()]
-        shares = [share((count / e["n"], *stats.wilson(count, e["n"]))) for count in counts]
-        rows.append([e["label"], e["training_seed"], *shares])
+        counts = [round(e.failures.get(kind, 0) * e.n) for kind, _ in totals.most_common()]
+        shares = [share((count / e.n, *stats.wilson(count, e.n))) for count in counts]
+        rows.append([e.label, e.training_seed, *shares])
     head = " | ".join(["method", "training seed", *(kind.replace("_", " ") for kind, _ in totals.most_common())])
     return Table("Table 5. Shares of problems by what the greedy rollout failed by", "", head, rows)
 
@@ -157,11 +144,11 @@ def failure_table(entries: Sequence[Entry]) -> Table:
 def cost_table(entries: Sequence[Entry]) -> Table:
     """What a problem costs, greedy: one at a time, and all side by side."""
     waits = {policy(e): cost(e, "milliseconds") for e in free(entries, 0.0, alone=True)}
-    loads = {policy(e): f"{e['throughput_ms']:.1f}" for e in free(entries, 0.0)}
+    loads = {policy(e): f"{e.throughput_ms:.1f}" for e in free(entries, 0.0)}
     either = {policy(e): e for alone in (True, False) for e in free(entries, 0.0, alone)}
     rows = [
-        [e["label"], e["training_seed"], *costs(e), waits.get(key, ""), loads.get(key, "")]
-        for key, e in sorted(either.items(), key=lambda item: rank(item[1]["label"]))
+        [e.label, e.training_seed, *costs(e), waits.get(key, ""), loads.get(key, "")]
+        for key, e in sorted(either.items(), key=lambda item: rank(item[1].label))
     ]
     note = "Alone: from start to end, one problem at a time. Under load: wall clock of all / problems."
     head = "method | training seed | total tokens | sequential tokens | child threads | ms alone | ms under load"
@@ -171,10 +158,9 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 def samples_table(entries: Sequence[Entry]) -> Table:
     """What k samples of a problem achieve together."""
     rows = [
-        [e["label"], f"{e['temperature']:g}", k, share(e["cons"][k]), share(e["pass"][k]), f"{tokens:,.0f}"]
+        [e.label, f"{e.temperature:g}", k, share(e.cons_at[k]), share(e.pass_at[k]), f"{int(k) * e.total_tokens:,.0f}"]
         for e in sampled(entries)
-        for k in sorted(e["pass"], key=int)
-        for tokens in [int(k) * e["total_tokens"]]
+        for k in sorted(e.pass_at, key=int)
     ]
     note = "cons@k: the majority over solution paths is right. pass@k: at least one of k is, estimated without bias."
     head = "method | temperature | k | cons@k | pass@k | total tokens"

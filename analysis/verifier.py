@@ -21,11 +21,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-import parallel_runtime
+import records
 from countdown.grader import Problem, grade_steps
 from countdown.language import END, Line, Tokenizer, parse, short
 from countdown.search import best_first, expand
-from parallel_runtime import Rollout, Thread
+from records import Rollout, Thread
 from solver import solvable
 
 # A line that should have been another: fatal if the target could be reached from what that says.
@@ -107,6 +107,12 @@ def explain(rollout: Rollout, tokenizer: Tokenizer) -> Fault | None:
     return first
 
 
+def failure(rollout: Rollout, tokenizer: Tokenizer) -> str:
+    """The kind of the fault that a failed rollout failed by; "" for a correct one (the hook of `harness.tasks`)."""
+    fault = explain(rollout, tokenizer)
+    return fault.kind if fault else ""
+
+
 def _operands(operation: str) -> tuple[int, str, int, int]:
     a, sign, b, _, result = re.split("([-+*/=])", operation)
     return int(a), sign, int(b), int(result)
@@ -152,17 +158,17 @@ class _Reader:
             given = self.tokenizer.decode(call.injected)
             written = self.tokenizer.decode(call.sampled[:-1] if call.sampled[-1:] == [END] else call.sampled)
             lines = (given + written).splitlines(keepends=True)
-            if call.stop in parallel_runtime.TRUNCATED and lines and not lines[-1].endswith("\n"):
+            if call.stop in records.TRUNCATED and lines and not lines[-1].endswith("\n"):
                 lines.pop()  # cut by the bound, not malformed
             for line, text in enumerate(lines, 1):
                 self.call, self.line, self.given = number, line, line <= given.count("\n")
                 self._read_line(text)
             self.given = False
-            if call.stop == parallel_runtime.SPAWN:
+            if call.stop == records.SPAWN:
                 self._read_children(next(spawns, []))
-            elif call.stop == parallel_runtime.MALFORMED:
+            elif call.stop == records.MALFORMED:
                 self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
-            elif call.stop in parallel_runtime.TRUNCATED:  # a root may yet be made to answer
+            elif call.stop in records.TRUNCATED:  # a root may yet be made to answer
                 self.fault(TRUNCATED, f"stopped by {call.stop}", self._hopeful(self.start))
         if self.reached if correct is None else correct:
             self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]

@@ -67,7 +67,8 @@ class Replay:
     """A sampler under the runtime whose calls stop where recorded ones did, and seem to sample their ids."""
 
     def __init__(self, engine: typing.Any, rollouts: Sequence[typing.Any], schedule: str = "refill") -> None:
-        from parallel_runtime import Request, thread_key
+        from parallel_runtime import thread_key
+        from protocols import Request
 
         self.engine, self.schedule = engine, schedule
         self.rows, self.devices, self.context = engine.rows, engine.devices, engine.context
@@ -106,10 +107,11 @@ def replay(
     experiment: typing.Any, engines: Sequence[typing.Any], rollouts: Sequence[typing.Any], repeats: int, schedule: str
 ) -> dict:
     """Figures of the best run of the rollouts, spread over the engines; the first run compiles and is not counted."""
-    from parallel_runtime import Runtime, side_by_side, total_tokens
+    from parallel_runtime import Runtime, side_by_side
+    from records import total_tokens
 
     replaying = [Replay(engine, rollouts, schedule) for engine in engines]
-    runtimes = [Runtime(lane, experiment.task, experiment.limits) for lane in replaying]
+    runtimes = [Runtime(lane, experiment.domain.task, experiment.limits) for lane in replaying]
 
     def run() -> None:
         side_by_side(runtimes, replaying[0].requests, SEED)
@@ -136,7 +138,8 @@ def replay(
 
 def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.Any]) -> tuple[float, float]:
     """Milliseconds of these rollouts one at a time, and those from spawn to join; means, after a first run."""
-    from parallel_runtime import Runtime, Thread
+    from parallel_runtime import Runtime
+    from records import Thread
 
     stops: list[float] = []  # when the calls of the rollout stopped: parent's first, children's, parent's last
 
@@ -144,7 +147,7 @@ def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.
         stops.append(time.perf_counter())
 
     replaying = Replay(engine, rollouts)
-    runtime = Runtime(replaying, experiment.task, experiment.limits, watch)
+    runtime = Runtime(replaying, experiment.domain.task, experiment.limits, watch)
     for _ in range(2):
         whole, children = [], []
         for request in replaying.requests:
@@ -156,7 +159,7 @@ def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.
 
 def equal(engine: typing.Any, repeats: int) -> float:
     """Tokens per second of rows of equal length."""
-    from parallel_runtime import Fill
+    from protocols import Fill
 
     def run() -> None:
         engine.reset()
@@ -174,13 +177,14 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
 
     import solver
     from configs import apr
-    from harness.build import Experiment
-    from parallel_runtime import longest_context, sequential_tokens
-    from sampler import Sampler, SamplerConfig
+    from harness.build import build
+    from records import longest_context, sequential_tokens
+    from decoding import SamplerConfig
+    from sampler import Sampler
     from train_state import init_params
 
     config = apr.get_config(args.preset).unlock()
-    experiment = Experiment(config)
+    experiment: typing.Any = build(config)
     params = init_params(experiment.model, jax.random.key(0))
 
     def engine(rows: int) -> typing.Any:
@@ -189,10 +193,10 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
 
     def demonstrations(count: int, changes: dict[str, typing.Any], children: int) -> list[typing.Any]:
         """The first that fit the context and have at least so many children, none of their own below."""
-        demonstrator = dataclasses.replace(experiment.demonstrator, **changes)
+        demonstrator = dataclasses.replace(experiment.domain.demonstrator, **changes)
         found: list[typing.Any] = []
         for index in itertools.count():
-            rollout = solver.demonstration(experiment.family, demonstrator, experiment.task, "train", 0, index)
+            rollout = solver.demonstration(experiment.domain.family, demonstrator, experiment.domain.task, "train", 0, index)
             fits = longest_context(rollout.root) <= config.model.context
             if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
                 found.append(rollout)
@@ -222,7 +226,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     for thread in (thread for rollout in rollouts for thread in rollout.threads()):
         for call in thread.calls:
             calls.append(((call.keep or 0) + len(call.injected), len(call.sampled)))
-    shape = dataclasses.asdict(experiment.model_config)
+    shape = dataclasses.asdict(experiment.model.config)
     return figures, {"shape": shape, "calls": calls, "rows": args.rows, "equal_rows": args.equal_rows}
 
 

@@ -68,7 +68,6 @@ def ours(args: argparse.Namespace, packed: bool) -> Callable[[], object]:
         context=args.tokens,
         rope_theta=10000.0,
         tied=True,
-        temperature=1.0,
         dtype="float32",
     )
     mesh = train_state.make_mesh(data=1, fsdp=1, tensor=1)

@@ -1,46 +1,63 @@
-"""The parts that the recipes of SoS, SoS+ and APR share: problem families, model sizes, schedules.
+"""What the recipes of SoS, SoS+ and APR share: for each preset the problems, the model, the schedule and the sampler.
 
-A recipe is `recipe(method, preset)`; `configs/apr.py` and its siblings only say
-what is particular to their method. Every field is read somewhere, and a
-hyper-parameter that is not here does not exist.
+`recipe(method, preset, ...)` is the configuration of one method at one preset. Every field is read somewhere, and a
+hyper-parameter that is not here does not exist. Override any field on the command line: --config.model.width=256.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
-# Preset -> numbers per problem, their range, the targets' range, and the widest beam of a demonstration.
-FAMILIES = {
-    "smoke": dict(count=3, low=1, high=9, target_low=10, target_high=20),
-    "laptop": dict(count=3, low=1, high=20, target_low=10, target_high=50),
-    "desktop": dict(count=4, low=1, high=12, target_low=10, target_high=24),
-    "gpu": dict(count=4, low=1, high=99, target_low=10, target_high=100),
-    "paper": dict(count=4, low=1, high=99, target_low=10, target_high=100),
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # A run of under a minute through the whole path, for tests: 3 small numbers, a tiny model.
+    "smoke": dict(
+        problems=dict(count=3, low=1, high=9, target_low=10, target_high=20),
+        model=dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
+        train=dict(rows=4, micro_rows=2, eval_every=10, eval_problems=8),
+        optimizer=dict(steps=20, learning_rate=3e-3, warmup_steps=5),
+        sampler=dict(rows=16, lanes=2, view=8192),
+        evaluation=dict(problems=16),
+    ),
+    # Two CPU cores, half an hour: 3 numbers to 20, about 1M parameters.
+    "laptop": dict(
+        problems=dict(count=3, low=1, high=20, target_low=10, target_high=50),
+        model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
+        train=dict(rows=8, micro_rows=2, eval_every=1000, eval_problems=200),
+        optimizer=dict(steps=4000, learning_rate=3e-3, warmup_steps=200),
+        sampler=dict(rows=128, lanes=2, view=2048),
+        evaluation=dict(problems=865),  # there are no more
+    ),
+    # Two CPU cores, two hours: 4 numbers to 12. Searches of this size overflow a context of 1,024.
+    "desktop": dict(
+        problems=dict(count=4, low=1, high=12, target_low=10, target_high=24),
+        model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=1024),
+        train=dict(rows=4, micro_rows=2, eval_every=1500, eval_problems=200),
+        optimizer=dict(steps=6000, learning_rate=1.5e-3, warmup_steps=100),
+        sampler=dict(rows=128, lanes=2, view=2048),
+        evaluation=dict(problems=1000),
+    ),
+    # One GPU of the 80 GB class: the paper's problems, tens of millions of parameters.
+    "gpu": dict(
+        problems=dict(count=4, low=1, high=99, target_low=10, target_high=100),
+        model=dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
+        train=dict(rows=64, micro_rows=64, eval_every=1000, eval_problems=500),
+        optimizer=dict(steps=8000, learning_rate=1e-3, warmup_steps=400),
+        sampler=dict(rows=512, lanes=1, view=512 * 2048),
+        evaluation=dict(problems=1000),
+    ),
+    # The paper: 228M parameters, on a mesh of accelerators.
+    "paper": dict(
+        problems=dict(count=4, low=1, high=99, target_low=10, target_high=100),
+        model=dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
+        train=dict(rows=1024, micro_rows=8, eval_every=1000, eval_problems=1000),
+        optimizer=dict(steps=19_000, learning_rate=5e-5, warmup_steps=1000),
+        sampler=dict(rows=256, lanes=1, view=256 * 4096),
+        evaluation=dict(problems=1000),
+    ),
 }
-MODELS = {
-    "smoke": dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
-    "laptop": dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
-    "desktop": dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=1024),
-    "gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
-    "paper": dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
-}
-# Preset -> updates, packed rows per update and per forward pass of a device, peak rate, warm-up, held-out evaluations.
-TRAINING = {
-    "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
-    "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
-    "desktop": (6000, 4, 2, 1.5e-3, 100, 1500, 200),
-    "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
-    "paper": (19000, 1024, 8, 5e-5, 1000, 1000, 1000),
-}
-# Preset -> threads decoded side by side, lanes they are spread over (on a CPU one per core), and history slots
-# (rows x length) per device call: all, but on a CPU.
-SAMPLING = {
-    "smoke": (16, 2, 8192),
-    "laptop": (128, 2, 2048),
-    "desktop": (128, 2, 2048),
-    "gpu": (512, 1, 512 * 2048),
-    "paper": (256, 1, 256 * 4096),
-}
-PRESETS = tuple(FAMILIES)
+LARGE = ("gpu", "paper")  # presets of the paper's problems, for accelerators
 MESH = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
+PROMPT = dict(sub_calls=-1, tokens=-1)  # budget that prompts of rollouts state (`condition`); -1 is none
 LIMITS = dict(
     children=16,  # per spawn
     spawns=16,  # per thread
@@ -48,14 +65,21 @@ LIMITS = dict(
     thread_tokens=4096,
     rollout_tokens=65536,
     answer_tokens=0,  # budget forcing: more tokens for the answer of a root that reached thread_tokens
-    extensions=0,  # budget forcing: times that a root which gives up is sent on
+    extensions=0,  # budget forcing: times that a root which gives up must continue
 )
+
+
+def choose(presets: dict[str, Any], preset: str) -> Any:
+    """The values of a preset. Raises ValueError on an unknown one."""
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+    return presets[preset]
 
 
 def evaluation(preset: str) -> dict[str, int]:
     """How a preset evaluates."""
     return dict(
-        problems={"smoke": 16, "laptop": 865}.get(preset, 1000),  # held out; laptop has no more
+        problems=PRESETS[preset]["evaluation"]["problems"],  # held out
         samples=1,  # rollouts of each problem, for pass@k and cons@k
         concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
         seed=0,  # of the draws; the problems are always the same
@@ -64,72 +88,60 @@ def evaluation(preset: str) -> dict[str, int]:
 
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    steps, rows, micro_rows, learning_rate, warmup_steps, eval_every, eval_problems = TRAINING[preset]
-    rollout_rows, lanes, view = SAMPLING[preset]
-    config = ConfigDict(
-        dict(
-            name=method if preset == "laptop" else f"{method}-{preset}",
-            seed=0,
-            # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
-            init=f"pretrained/{method}" if preset == "desktop" else "",
-            problems=FAMILIES[preset],
-            demonstrator=dict(
-                method=method,
-                beam_low=1,
-                beam_high=beam_high,
-                sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
-                spawn_probability=spawn_probability,  # that an expanded node is judged promising
-                condition=0.0,  # share of demonstrations that state their budget in the prompt
-                token_bin=512,  # granularity of SoS+'s token budget; like all here, it seeds the demonstrations
-                order="fixed",  # in which children are listed: of generation; "random" is the paper's
-            ),
-            # Numbers below the limit are one token each; 10 means digit by digit.
-            number_limit=10 if preset in ("gpu", "paper") else 500,
-            model=dict(**MODELS[preset], rope_theta=10_000.0, tied=True, temperature=1.0, dtype="float32"),
-            train=dict(
-                rows=rows,  # per update: a row is packed with threads up to model.context
-                micro_rows=micro_rows,  # most rows per forward pass on a device; on a CPU few rows stay in its cache
-                overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
-                log_every=max(1, steps // 100),
-                eval_every=eval_every,  # also checkpoints
-                eval_problems=eval_problems,  # validation problems of an evaluation during training
-            ),
-            optimizer=dict(
-                matrices="adam" if preset == "paper" else "muon",  # the rest is always Adam's
-                learning_rate=learning_rate,
-                end_learning_rate=learning_rate / 100,
-                warmup_steps=warmup_steps,
-                steps=steps,
-                weight_decay=0.01,
-                clip=1.0,
-                beta1=0.9,
-                beta2=0.99,
-                momentum=0.95,  # of Muon
-            ),
-            threads=dict(
-                join="path",  # what a child hands over: the path it found, or "text", all it wrote
-                inherit=False,  # whether a child sees what its parent saw
-            ),
-            prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of (`condition`); -1 is none
-            limits=LIMITS,
-            sampler=dict(
-                rows=rollout_rows,  # over all lanes
-                lanes=lanes,  # samplers at work at once, a thread of the host each
-                burst=32,
-                bucket=64,
-                view=view,
-                temperature=0.0,
-                top_k=0,
-                top_p=1.0,
-            ),
-            evaluation=evaluation(preset),
-            mesh=MESH,
-        )
+    p = choose(PRESETS, preset)
+    config = dict(
+        name=method if preset == "laptop" else f"{method}-{preset}",
+        task="countdown",
+        seed=0,
+        # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
+        init=f"pretrained/{method}" if preset == "desktop" else "",
+        problems=p["problems"],
+        demonstrator=demonstrator(method, beam_high, sub_beam_high, spawn_probability),
+        number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit
+        model=dict(
+            **p["model"],
+            rope_theta=10_000.0,
+            tied=preset not in LARGE,  # Llama 2's head is its own
+            dtype="bfloat16" if preset in LARGE else "float32",
+        ),
+        train=dict(
+            **p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
+            overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
+            log_every=max(1, p["optimizer"]["steps"] // 100),
+        ),
+        optimizer=dict(
+            **p["optimizer"],
+            matrices="adam" if preset == "paper" else "muon",  # the rest always uses Adam
+            end_learning_rate=p["optimizer"]["learning_rate"] / 100,
+            weight_decay=0.01,
+            clip=1.0,
+            beta1=0.9,
+            beta2=0.999 if preset == "paper" else 0.99,
+            momentum=0.95,  # of Muon
+        ),
+        threads=dict(
+            join="path",  # what a child returns: the path it found, or "text", all it wrote
+            inherit=False,  # whether a child sees what its parent saw
+        ),
+        prompt=PROMPT,
+        limits=LIMITS,
+        # rows: over all lanes; lanes: samplers at work at once, on a CPU one per core; view: slots per device call
+        sampler=dict(**p["sampler"], burst=32, bucket=64, temperature=0.0, top_k=0, top_p=1.0),
+        evaluation=evaluation(preset),
+        mesh=MESH,
     )
-    if preset in ("gpu", "paper"):
-        config.model.dtype, config.model.tied = "bfloat16", False  # Llama 2's head is its own
-    if preset == "paper":
-        config.optimizer.beta2 = 0.999
-    return config.lock()
+    return ConfigDict(config).lock()
+
+
+def demonstrator(method: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> dict[str, Any]:
+    """How demonstrations are made. Every field here seeds them."""
+    return dict(
+        method=method,
+        beam_low=1,
+        beam_high=beam_high,
+        sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
+        spawn_probability=spawn_probability,  # that an expanded node is judged promising
+        condition=0.0,  # share of demonstrations that state their budget in the prompt
+        token_bin=512,  # granularity of SoS+'s token budget
+        order="fixed",  # in which children are listed: of generation; "random" is the paper's
+    )

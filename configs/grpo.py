@@ -4,82 +4,105 @@
     python grpo.py --config=configs/grpo.py:PRESET    # smoke, laptop, desktop, gpu, paper: from apr-PRESET
     python grpo.py --config.grpo.advantage=mean       # Dr.GRPO's, and so on
 
-Problems, model and demonstrations' method come from the supervised run.
+Time: laptop about 30 minutes on 2 CPU cores. Expected score: see README.
+
+Each section is laid over the same section of the supervised run, field by field. Problems, model and the method of
+the demonstrations come from there.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import LIMITS, MESH, evaluation
+from configs.common import LIMITS, MESH, PROMPT, choose, evaluation
 
-PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep", eval_temperature=0.0)
+PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # A small model slips so often at temperature 1 (0.43 right; at 0.5 it is 0.63) that the reward says little about how
 # it searched; and groups without a signal would cost it as much time as others.
-SMALL: dict[str, Any] = dict(temperature=0.5, aggregate="token", dead_groups="drop", eval_temperature=0.0)
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(PAPERS, steps=2, problems=4, rollouts=2, updates=1, learning_rate=1e-4, eval_every=1, rows=16),
-    "laptop": dict(SMALL, steps=200, problems=16, rollouts=8, updates=1, learning_rate=1e-4, eval_every=25, rows=128),
-    # What 60 steps teach shows where the policy draws, not yet in its most likely tokens.
-    "desktop": dict(
-        SMALL, steps=60, problems=8, rollouts=8, updates=1, learning_rate=1e-4, eval_every=20, rows=128,
-        eval_temperature=1.0,
+SMALL: dict[str, Any] = dict(temperature=0.5, aggregate="token", dead_groups="drop")
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "smoke": dict(
+        grpo=dict(PAPERS, steps=2, problems=4, rollouts=2, updates=1),
+        optimizer=dict(learning_rate=1e-4),
+        train=dict(eval_every=1, eval_problems=8),
+        sampler=dict(rows=16, temperature=0.0),
     ),
-    "gpu": dict(PAPERS, steps=150, problems=64, rollouts=8, updates=2, learning_rate=2e-5, eval_every=25, rows=512),
-    "paper": dict(PAPERS, steps=150, problems=64, rollouts=5, updates=2, learning_rate=1e-5, eval_every=25, rows=256),
+    "laptop": dict(
+        grpo=dict(SMALL, steps=200, problems=16, rollouts=8, updates=1),
+        optimizer=dict(learning_rate=1e-4),
+        train=dict(eval_every=25, eval_problems=200),
+        sampler=dict(rows=128, temperature=0.0),
+    ),
+    "desktop": dict(
+        grpo=dict(SMALL, steps=60, problems=8, rollouts=8, updates=1),
+        optimizer=dict(learning_rate=1e-4),
+        train=dict(eval_every=20, eval_problems=200),
+        # What 60 steps teach shows where the policy samples, not yet in its most likely tokens.
+        sampler=dict(rows=128, temperature=0.5),
+    ),
+    "gpu": dict(
+        grpo=dict(PAPERS, steps=150, problems=64, rollouts=8, updates=2),
+        optimizer=dict(learning_rate=2e-5),
+        train=dict(eval_every=25, eval_problems=200),
+        sampler=dict(rows=512, temperature=0.0),
+    ),
+    "paper": dict(
+        grpo=dict(PAPERS, steps=150, problems=64, rollouts=5, updates=2),
+        optimizer=dict(learning_rate=1e-5),
+        train=dict(eval_every=25, eval_problems=200),
+        sampler=dict(rows=256, temperature=0.0),
+    ),
 }
+SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
+    advantage="std",  # "std", "mean" (Dr.GRPO) or "leave_one_out" (RLOO)
+    clip_low=0.2,
+    clip_high=0.2,  # larger than clip_low: clip-higher (DAPO)
+    kl_estimator="k3",  # towards the starting policy: "k1", "k2" or "k3"
+    kl_weight=0.001,  # paper: 0.001 for APR, 0.01 for SoS+
+    rollout_constant=512.0,  # ids that the aggregate "rollout" divides by
+    old_logp="sampler",  # or "trainer": whose log-probs the ratio compares with
+    importance_cap=0.0,  # with "trainer": weights min(trainer / sampler, cap); 0 is off
+    acceleration=0.0,  # bonus for parallelism, if correct (ThreadWeaver: 0.5)
+    acceleration_cap=0.2,
+    thread_penalty=0.0,  # per child thread
+    token_penalty=0.0,  # per sampled token beyond token_budget
+    token_budget=4096.0,
+)
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
     """The recipe of one preset. Raises ValueError on an unknown one."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    p = PRESETS[preset]
-    return ConfigDict(
-        dict(
-            name="grpo",
-            suffix="" if preset == "laptop" else f"-{preset}",  # of runs of this preset
-            seed=0,
-            grpo=dict(
-                steps=p["steps"],
-                problems=p["problems"],  # per step
-                rollouts=p["rollouts"],  # per problem: the group
-                updates=p["updates"],  # inner updates per step
-                temperature=p["temperature"],  # of the policy: logits are divided by it
-                advantage="std",  # "std", "mean" (Dr.GRPO) or "leave_one_out" (RLOO)
-                clip_low=0.2,
-                clip_high=0.2,  # larger than clip_low: clip-higher (DAPO)
-                kl_estimator="k3",  # towards the starting policy: "k1", "k2" or "k3"
-                kl_weight=0.001,  # paper: 0.001 for APR, 0.01 for SoS+
-                aggregate=p["aggregate"],  # "call" (paper), "token" or "rollout"
-                rollout_constant=512.0,  # ids that "rollout" divides by
-                old_logp="sampler",  # or "trainer": whose log-probs the ratio compares with
-                importance_cap=0.0,  # with "trainer": weights min(trainer / sampler, cap); 0 is off
-                dead_groups=p["dead_groups"],  # groups of equal rewards: "keep", "drop" or "refill"
-                acceleration=0.0,  # bonus for parallelism, if correct (ThreadWeaver: 0.5)
-                acceleration_cap=0.2,
-                thread_penalty=0.0,  # per child thread
-                token_penalty=0.0,  # per sampled token beyond token_budget
-                token_budget=4096.0,
-                eval_every=p["eval_every"],  # also checkpoints
-            ),
-            optimizer=dict(  # its steps are grpo.steps x grpo.updates
-                matrices="adam",
-                learning_rate=p["learning_rate"],
-                end_learning_rate=p["learning_rate"] / 10,
-                warmup_steps=0,
-                weight_decay=0.0,
-                clip=1.0,
-                beta1=0.9,
-                beta2=0.99,
-                momentum=0.0,  # of Muon, which is not used
-            ),
-            prompt=dict(sub_calls=-1, tokens=-1),  # budget that rollouts are told of; -1 is none
-            limits=LIMITS,
-            mesh=MESH,
-            rows=p["rows"],  # of the sampler
-            eval_problems=8 if preset == "smoke" else 200,
-            eval_temperature=p["eval_temperature"],  # 0: greedy, 1: as the policy draws
-            evaluation=evaluation(preset),
-        )
-    ).lock()
+    p = choose(PRESETS, preset)
+    return overlay("" if preset == "laptop" else f"-{preset}", p, evaluation(preset), PROMPT)
+
+
+def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], prompt: dict[str, Any]) -> ConfigDict:
+    """The sections of an RL recipe."""
+    rate = p["optimizer"]["learning_rate"]
+    config = dict(
+        name="grpo",
+        suffix=suffix,  # of runs of this preset
+        seed=0,
+        # steps; problems per step; rollouts per problem (the group); inner updates per step; temperature of the policy;
+        # aggregate "call" (paper), "token" or "rollout"; dead_groups (of equal rewards) "keep", "drop" or "refill"
+        grpo=dict(**p["grpo"], **SWITCHES),
+        optimizer=dict(  # its steps are grpo.steps x grpo.updates
+            matrices="adam",
+            learning_rate=rate,
+            end_learning_rate=rate / 10,
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip=1.0,
+            beta1=0.9,
+            beta2=0.99,
+            momentum=0.0,  # of Muon, which is not used
+        ),
+        train=dict(p["train"], log_every=1),
+        prompt=prompt,
+        limits=LIMITS,
+        # temperature: of validation and evaluation; 0 is greedy. Rollouts come from the policy: no top-k, no top-p.
+        sampler=dict(**p["sampler"], top_k=0, top_p=1.0),
+        mesh=MESH,
+        evaluation=evaluation,
+    )
+    return ConfigDict(config).lock()

@@ -2,7 +2,7 @@
 
     python evaluate.py --sweep=configs/sweep.py            # preset laptop: the README says how its runs are trained
     python evaluate.py --sweep=configs/sweep.py:PRESET     # smoke, laptop, desktop, gpu, paper
-    python figures.py --results=runs/sweep
+    python -m analysis.figures --results=runs/sweep
 
 An entry is a label for tables, the workdir of a run, and a grid: field of its config -> values. Every combination is a
 point. Entries whose run has not been trained are left out. A sweep of one's own is a file like this one, whose
@@ -14,21 +14,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-# Label -> name of its run; tables and legends keep this order.
-RUNS = {
-    "SoS": "sos",
-    "SoS RL": "grpo-sos",
-    "SoS+": "sosp",
-    "SoS+ RL": "grpo-sosp",
-    "SoS+ asked": "sosp-asked",
-    "APR": "apr",
-    "APR RL": "grpo-apr",
-    "APR asked": "apr-asked",
-    "APR asked RL": "grpo-apr-asked",
-}
-# The same of what is compared with one of these: joins and inheritance retrained, longer demonstrations, and APR with
-# a row for the parent and one for its children in turn.
-COMPARED = {"APR text": "apr-text", "APR inherit": "apr-inherit", "SoS+ wide": "sosp-wide", "APR in turn": "apr"}
+from analysis.labels import COMPARED, RUNS
+from configs.common import choose
 
 
 class Budgets(NamedTuple):
@@ -43,27 +30,32 @@ class Budgets(NamedTuple):
 
 
 BUDGETS = {
-    "smoke": Budgets((0, 2), (512,), (64,)),
-    "laptop": Budgets((0, 2, 3, 4, 5), (192, 256, 320, 384, 512), (128, 192, 256, 320, 384)),
+    "smoke": Budgets(threads=(0, 2), tokens=(512,), cuts=(64,)),
+    "laptop": Budgets(threads=(0, 2, 3, 4, 5), tokens=(192, 256, 320, 384, 512), cuts=(128, 192, 256, 320, 384)),
     # A rollout of APR takes seven times the tokens of laptop's, four times those of SoS+: samples of equal cost.
-    "desktop": Budgets((0, 2, 3, 5), (256, 512, 768, 1024), (384, 640), (), (0.0, 0.5, 1.0), (16, 4)),
-    "gpu": Budgets((0, 2, 4, 6, 8, 10), (512, 1024, 1536, 2048), (512, 1024, 1536)),
-    "paper": Budgets((0, 1, 2, 3, 4, 6, 8, 10), (512, 1024, 2048, 3072, 4096), (1024, 2048, 3072)),
+    "desktop": Budgets(
+        threads=(0, 2, 3, 5),
+        tokens=(256, 512, 768, 1024),
+        cuts=(384, 640),
+        extensions=(),
+        temperatures=(0.0, 0.5, 1.0),
+        samples=(16, 4),
+    ),
+    "gpu": Budgets(threads=(0, 2, 4, 6, 8, 10), tokens=(512, 1024, 1536, 2048), cuts=(512, 1024, 1536)),
+    "paper": Budgets(threads=(0, 1, 2, 3, 4, 6, 8, 10), tokens=(512, 1024, 2048, 3072, 4096), cuts=(1024, 2048, 3072)),
 }
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
     """The sweep of one preset. Raises ValueError on an unknown one."""
-    if preset not in BUDGETS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(BUDGETS)}")
-    budgets = BUDGETS[preset]
+    budgets = choose(BUDGETS, preset)
     suffix = "" if preset == "laptop" else f"-{preset}"
 
     pair, trained = ("SoS+", "APR"), ("SoS", "SoS RL", "SoS+", "SoS+ RL", "APR", "APR RL")
 
     def at(*temperatures: float) -> dict[str, tuple]:
-        """GRPO's policy has a temperature of its own, which multiplies the sampler's: 1 makes methods comparable."""
-        return {"model.temperature": (1.0,), "sampler.temperature": temperatures}
+        """One temperature for all methods, whatever their runs evaluate at."""
+        return {"sampler.temperature": temperatures}
 
     alone = {**at(0.0), "evaluation.concurrent": (1,)}
     grids: list[tuple[tuple[str, ...], dict[str, tuple]]] = [

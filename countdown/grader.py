@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from checks import require
 from countdown.language import NUMBER, short
-from parallel_runtime import Grade
+from records import Grade
 
 LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
 MOST = 6  # numbers of a problem: exact search over more takes too long

@@ -64,6 +64,7 @@ class Tokenizer:
         """Numbers below `number_limit` are one token; raises ValueError if it is below 10 (digits are needed)."""
         if number_limit < 10:
             raise ValueError(f"number_limit must be at least 10 (every digit is a token), not {number_limit}")
+        self.number_limit = number_limit
         self._texts = ["", "<|end|>", *map(str, range(number_limit)), *PHRASES]
         self._ids = {text: i for i, text in enumerate(self._texts) if i > END}
         width = len(str(number_limit - 1))

@@ -26,12 +26,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
-import parallel_runtime
+import records
 from checks import Checked, one_of, require
 from countdown.grader import Problem, grade_steps
 from countdown.language import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
 from countdown.search import Node, Trace, spawn_block, state_line
-from parallel_runtime import Call, Grade, MalformedSpawn, Rollout, Spawn, Thread
+from protocols import MalformedSpawn, Spawn
+from records import Call, Grade, Rollout, Thread
 
 METHODS = ("sos", "sosp", "apr")
 JOINS = ("path", "text")
@@ -171,7 +172,7 @@ class Countdown(Checked):
             where = f"in Sub Search {i} at level {len(child.path) // 2} at Node #{own[-1][1]}>\n"
             path = self._final_path(child, own[-1][0])
             ids += encode(f"<Goal Reached {where}" if path else f"<No Solution {where}")
-            if self.child_returns == "text":  # the ids themselves: a model may sample ids that its text does not encode to
+            if self.child_returns == "text":  # the ids themselves: their text may not encode back to them
                 own_ids = [token for token in child.ids()[len(given) :] if token != END]
                 ends_a_line = self.tokenizer.decode(own_ids)[-1:] in ("", "\n")
                 ids += own_ids + ([] if ends_a_line else encode("\n"))
@@ -181,7 +182,7 @@ class Countdown(Checked):
 
     def _final_path(self, child: Thread, first_line: str) -> str:
         """The path a child restated at its end, from its own node to the goal; "" if it did not."""
-        if child.stop != parallel_runtime.END:
+        if child.stop != records.END:
             return ""
         parts = self.tokenizer.decode(child.ids()[:-1]).rsplit(GOAL, 2)
         if len(parts) < 3 or parts[2] or not parts[1].startswith(first_line):
@@ -219,7 +220,7 @@ class Countdown(Checked):
 
     def grade(self, problem: Problem, root: Thread) -> Grade:
         """Judges the answer of a root thread: the operations of its last state and the one that reached the goal."""
-        if root.stop != parallel_runtime.END:
+        if root.stop != records.END:
             return Grade(False, f"no answer: stopped by {root.stop}")
         text = self.tokenizer.decode(root.ids()[:-1])
         end = text.rfind(GOAL) + len(GOAL)
@@ -248,7 +249,7 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
             if i == len(trace.spawns):
                 call.sampled.append(task.end_id)
                 continue
-            call.stop = parallel_runtime.SPAWN
+            call.stop = records.SPAWN
             context = context[:keep] + injected + call.sampled
             keep = len(context) - 1 - context[::-1].index(task.call_id)
             prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]

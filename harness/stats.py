@@ -21,8 +21,8 @@ import typing
 from collections import Counter
 from collections.abc import Sequence
 
-import parallel_runtime
-from parallel_runtime import Rollout
+import records
+from records import Rollout
 
 Z = 1.959964  # standard deviations that hold 95 % of a normal distribution
 MEANS = ("total_tokens", "sequential_tokens", "children", "longest_context", "milliseconds", "truncated", "malformed")
@@ -96,12 +96,12 @@ def cons_at(k: int, group: Sequence[Rollout]) -> float:
 def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict[str, typing.Any]:
     """Accuracy, mean costs, and wall clock per rollout ("throughput_ms"), of `samples` rollouts of each problem.
 
-    "pass" and "cons" map k to an estimate of what k samples achieve together.
+    "pass_at" and "cons_at" map k to an estimate of what k samples achieve together.
     """
     groups = grouped(rollouts, samples)
     shares = [sum(rollout.grade.correct for rollout in group) for group in groups]
     value, low, high = mean([share / samples for share in shares])
-    costs = [parallel_runtime.metrics(rollout) for rollout in rollouts]
+    costs = [records.metrics(rollout) for rollout in rollouts]
     return {
         "n": len(groups),
         "samples": samples,
@@ -110,8 +110,8 @@ def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict
         "interval": (low, high),
         **{name: sum(cost[name] for cost in costs) / len(costs) for name in MEANS},
         "throughput_ms": 1e3 * seconds / len(rollouts),
-        "pass": {str(k): mean([pass_at(k, share, samples) for share in shares]) for k in counts(samples)},
-        "cons": {str(k): mean([cons_at(k, group) for group in groups]) for k in counts(samples)},
+        "pass_at": {str(k): mean([pass_at(k, share, samples) for share in shares]) for k in counts(samples)},
+        "cons_at": {str(k): mean([cons_at(k, group) for group in groups]) for k in counts(samples)},
     }
 
 
@@ -127,7 +127,7 @@ def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str
     Windows are the eighths of `context` from a quarter up.
     """
     correct = [rollout.grade.correct for rollout in rollouts]
-    longest = [parallel_runtime.longest_context(rollout.root) for rollout in rollouts]
+    longest = [records.longest_context(rollout.root) for rollout in rollouts]
     bounds = [context * eighth // 8 for eighth in range(2, 9)]
     return {str(bound): reached_within(correct, longest, bound, samples) for bound in bounds}
 

@@ -31,6 +31,8 @@ from tensorboardX import SummaryWriter
 
 from harness.cli import UsageError
 
+PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained" / "apr"  # the shipped run that commands start from
+
 
 class Workdir:
     """A directory that belongs to one run of one configuration."""
@@ -127,14 +129,17 @@ def write_json(path: pathlib.Path, value: typing.Any) -> None:
 
 
 def read_config(path: str | os.PathLike) -> dict:
-    """The configuration of the run in a workdir. Raises UsageError if there is none."""
+    """The configuration of the run in a workdir. Raises UsageError if there is none, or one of the older format."""
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
         raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise UsageError(f"{file} cannot be read ({error}): restore it, or choose another --workdir") from error
+    if "model" in config and "task" not in config:
+        raise UsageError(f"{path} holds a run of an older format: convert it with `python -m harness.migrate {path}`")
+    return config
 
 
 def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, dict]:

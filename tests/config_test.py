@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import evaluate
 import sft
 from configs import apr, common, sos, sosp
-from harness.build import Experiment
+from configs import grpo as rl
+from harness.build import build
+from harness.evaluation import report
+from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
 from train_state import init_state, make_train_step
@@ -77,9 +79,9 @@ def test_the_header_of_a_recipe_is_its_command(name):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_every_supervised_preset_builds(name, preset):
-    experiment = Experiment(one_device(SUPERVISED[name], preset))
-    experiment.optimizer()
-    rollout = experiment.demonstration("train", 0, 0)
+    experiment = build(one_device(SUPERVISED[name], preset))
+    assert experiment.optimizer
+    rollout = experiment.domain.demonstration("train", 0, 0)
     assert rollout.root.calls[0].sampled
     assert experiment.config.demonstrator.method == name
 
@@ -107,9 +109,9 @@ TABLE = {
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_those_of_the_design(preset):
-    experiment = Experiment(one_device(apr, preset))
+    experiment = build(one_device(apr, preset))
     count, numbers, targets, least, most, context = TABLE[preset]
-    family = experiment.family
+    family = experiment.domain.family
     assert (family.count, (family.low, family.high), (family.target_low, family.target_high)) == (
         count,
         numbers,
@@ -123,7 +125,7 @@ def test_presets_are_those_of_the_design(preset):
 def test_desktop_goes_on_from_the_shipped_laptop_run_of_its_method(name, monkeypatch):
     """So that the methods' starts are alike too: the shipped runs are those of the laptop recipes."""
     monkeypatch.chdir(ROOT)
-    experiment = Experiment(one_device(SUPERVISED[name], "desktop"))
+    experiment = build(one_device(SUPERVISED[name], "desktop"))
     start, laptop = read_config(experiment.config.init), SUPERVISED[name].get_config().to_dict()
     assert {part: start[part] for part in ("demonstrator", "train", "optimizer")} == {
         part: laptop[part] for part in ("demonstrator", "train", "optimizer")
@@ -133,8 +135,8 @@ def test_desktop_goes_on_from_the_shipped_laptop_run_of_its_method(name, monkeyp
 
 def test_the_paper_preset_has_the_papers_parameters():
     """18 layers of attention 4 x 1024^2, SwiGLU 3 x 1024 x 2752 and two scales of 1024, and a last scale."""
-    experiment = Experiment(apr.get_config("paper"))
-    embedding = 2 * experiment.tokenizer.vocab_size * 1024  # and the head, which is not tied
+    experiment = build(apr.get_config("paper"))
+    embedding = 2 * experiment.domain.language.vocab_size * 1024  # and the head, which is not tied
     by_hand = 18 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 1024
     assert experiment.parameter_count() - embedding == by_hand == 227_709_952  # "228M"
 
@@ -174,16 +176,16 @@ def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
     config.model.layers = 1
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
     config.optimizer.warmup_steps = 0
-    experiment = Experiment(config)
-    optimizer = experiment.optimizer()
+    experiment = build(config)
+    optimizer = experiment.optimizer
     state = init_state(experiment.model, optimizer, experiment.mesh, jax.random.key(0))
     before = jax.device_get(state.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(before)} == {np.dtype("float32")}
-    batch = tiny_batch(4, 16, experiment.tokenizer.vocab_size)
+    batch = tiny_batch(4, 16, experiment.domain.language.vocab_size)
     step = make_train_step(experiment.model, optimizer, sft.sft_loss, experiment.mesh)
     state, metrics, _ = step(state, batch)
     assert int(state.step) == 1
-    assert float(metrics["loss"]) == pytest.approx(np.log(experiment.tokenizer.vocab_size), abs=1)
+    assert float(metrics["loss"]) == pytest.approx(np.log(experiment.domain.language.vocab_size), abs=1)
     assert 0 < float(metrics["grad_norm"]) < 100
     moved = jax.tree.map(lambda old, new: bool((old != np.asarray(new)).any()), before, state.params)
     assert all(jax.tree.leaves(moved))
@@ -219,10 +221,11 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
         return original(self, key)
 
     monkeypatch.setattr(ConfigDict, "__getitem__", watched)
-    experiment = Experiment(config)
-    sft.train(experiment, run)
-    params = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(0)).params
-    evaluate.report(experiment, params, experiment.test_set(), tmp_path, 1)
+    experiment = build(config)
+    pool = RolloutPool(experiment)
+    sft.train(pool, run)
+    params = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(0)).params
+    report(pool, params, experiment.test_set(), tmp_path, 1)
     monkeypatch.undo()
     unread = [
         prefix + name for prefix, section in sections.items() for name in section if (id(section), name) not in asked
@@ -233,7 +236,7 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_field_is_named_by_the_code(name):
     """A section passed whole reads all of its fields: this finds one that its receiver then ignores."""
-    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py"), *ROOT.glob("countdown/*.py")])
     fields = {dotted.split(".")[-1] for dotted in leaves(recipe(name).get_config())}
     # The demonstrator's range goes by another name, the mesh's axes are keyword arguments.
     elsewhere = {"data", "fsdp", "tensor"}
@@ -241,9 +244,12 @@ def test_every_field_is_named_by_the_code(name):
     assert not missing
 
 
-def test_presets_cover_the_same_sections():
-    for table in (common.FAMILIES, common.MODELS, common.TRAINING, common.SAMPLING):
+def test_presets_cover_the_same_fields():
+    for table in (common.PRESETS, rl.PRESETS):
         assert tuple(table) == PRESETS
+        fields = [{(section, name) for section in preset for name in preset[section]} for preset in table.values()]
+        assert all(found == fields[0] for found in fields)
+    assert tuple(apr.BEAMS) == PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from harness.build import Experiment
+from harness.build import build
 from harness.workdir import load_best, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def shapes(path: pathlib.Path):
     """Of the parameters of a run."""
     config = ConfigDict(read_config(path))
     config.mesh.data = 1
-    return Experiment(config).param_shapes()
+    return build(config).param_shapes()
 
 
 def test_rollouts_are_gathered_in_problem_order(runs):

@@ -12,11 +12,13 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from evaluate import PRETRAINED
-from harness.build import Experiment
-from harness.workdir import load_best, read_config
-from parallel_runtime import Fill, Request, Rollout, Runtime, Stopped
-from sampler import Sampler, SamplerConfig
+from decoding import SamplerConfig
+from harness.build import Parts, build
+from harness.workdir import PRETRAINED, load_best, read_config
+from parallel_runtime import Runtime
+from protocols import Fill, Request, Stopped
+from records import Rollout
+from sampler import Sampler
 
 NEAR_TIE = 1e-4  # nats between the two best ids: float32 may order them either way
 REQUESTS = 4
@@ -27,9 +29,9 @@ class Oracle:
 
     rows, devices = 1, 1
 
-    def __init__(self, experiment: Experiment, params) -> None:
+    def __init__(self, experiment: Parts, params) -> None:
         self.context = experiment.model.config.context
-        self.stop_ids = (experiment.task.end_id, experiment.task.spawn_id)
+        self.stop_ids = (experiment.domain.task.end_id, experiment.domain.task.spawn_id)
         self.ids: list[int] = []
         self.margins: list[float] = []
 
@@ -60,15 +62,15 @@ class Oracle:
             logprobs.append(float(first))
             new.append(int(token))
             self.ids.append(int(token))
-        return [Stopped(0, new, logprobs, [0.0] * len(new))]
+        return [Stopped(0, new, logprobs)]
 
 
 @pytest.fixture(scope="module")
-def setting() -> tuple[Experiment, dict, list[Request]]:
+def setting() -> tuple[Parts, dict, list[Request]]:
     """The shipped model and a few held-out problems."""
     config = ConfigDict(read_config(PRETRAINED))
     config.mesh.data = 1
-    experiment = Experiment(config)
+    experiment = build(config)
     params = jax.tree.map(jnp.asarray, load_best(PRETRAINED, experiment.param_shapes())[0])
     return experiment, params, [Request(problem) for problem in experiment.test_set()[:REQUESTS]]
 
@@ -77,7 +79,7 @@ def setting() -> tuple[Experiment, dict, list[Request]]:
 def truth(setting) -> tuple[list[Rollout], list[float]]:
     experiment, params, requests = setting
     oracle = Oracle(experiment, params)
-    return Runtime(oracle, experiment.task, experiment.limits).run(requests, seed=(0,)), oracle.margins
+    return Runtime(oracle, experiment.domain.task, experiment.limits).run(requests, seed=(0,)), oracle.margins
 
 
 def calls(rollouts: list[Rollout]) -> list[tuple]:
@@ -93,9 +95,9 @@ def run(setting, devices: int, rows: int, temperature: float) -> list[Rollout]:
     experiment, params, requests = setting
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     config = SamplerConfig(rows=rows, burst=16, bucket=192, view=1536, temperature=temperature, top_k=0, top_p=1.0)
-    stop_ids = (experiment.task.end_id, experiment.task.spawn_id)
+    stop_ids = (experiment.domain.task.end_id, experiment.domain.task.spawn_id)
     engine = Sampler(experiment.model, params, config, stop_ids, mesh)
-    return Runtime(engine, experiment.task, experiment.limits).run(requests, seed=(0,))
+    return Runtime(engine, experiment.domain.task, experiment.limits).run(requests, seed=(0,))
 
 
 def test_the_oracle_spawns_joins_and_solves(truth):

@@ -1,8 +1,10 @@
 """Evaluation: intervals, summaries, the held-out sets, problems files, and the command on one problem."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +15,21 @@ from ml_collections import ConfigDict
 
 import evaluate
 import parallel_runtime
+import records
 import solver
+from analysis import sweep
 from configs import apr
+from countdown.domain import CountdownDomain
 from countdown.grader import Problem
-from harness import stats
-from harness.build import Experiment
+from countdown.task import record
+from harness import evaluation, stats
+from harness.build import build
 from harness.cli import UsageError
+from harness.rollouts import RolloutPool
 from harness.workdir import read_config
-from parallel_runtime import Fill, Rollout, Runtime, Stopped
+from parallel_runtime import Runtime
+from protocols import Fill, Stopped
+from records import Rollout
 from tests.harness.stats_test import rollout_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,16 +48,18 @@ def one_device(preset: str) -> ConfigDict:
 
 
 def test_the_table_names_every_figure():
-    rollouts = [rollout_of(True, [20], [], parallel_runtime.END, 40.0)]
+    rollouts = [rollout_of(True, [20], [], records.END, 40.0)]
     windows = stats.windows(rollouts, 64, 1)
     failures = {"exhausted": 0.5, "duplicate": 0.25, "truncated": 0.0625, "false_goal": 0.03, "wrong_state": 0.01}
-    summary = {**stats.summarize(rollouts, 1, 1.0), "windows": windows, "demonstrator": 0.75, "failures": failures}
-    summary |= {"budget": "3 threads asked", "kept": stats.adherence([3, 2], 3, 3)}
-    text = evaluate.table(summary)
+    kept = stats.adherence([3, 2], 3, 3)
+    parts = build(one_device("smoke"))
+    summary = dataclasses.replace(evaluation.evaluate(parts, {"w": np.zeros(2)}, rollouts, 1.0, "APR", 7), demonstrator=0.75)
+    summary = dataclasses.replace(summary, windows=windows, failures=failures, budget="3 threads asked", kept=kept)
+    text = evaluation.table(summary)
     for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000", "3 threads asked: 0.500, mean 2.5"):
         assert figure in text
     assert "exhausted: 0.500  duplicate: 0.250  truncated: 0.062  false_goal: 0.030\n" in text  # the first four
-    assert re.search("^  failures +none$", evaluate.table({**summary, "failures": {}}), re.MULTILINE)
+    assert re.search("^  failures +none$", evaluation.table(dataclasses.replace(summary, failures={})), re.MULTILINE)
 
 
 # ------------------------------------------------------------------- held-out problems
@@ -56,7 +67,7 @@ def test_the_table_names_every_figure():
 
 @pytest.mark.parametrize("preset", ["smoke", "laptop"])
 def test_test_validation_and_training_problems_are_disjoint(preset):
-    experiment = Experiment(one_device(preset))
+    experiment = build(one_device(preset))
     test, validation = (
         {(tuple(sorted(problem.numbers)), problem.target) for problem in problems}
         for problems in (experiment.test_set(), experiment.validation_set())
@@ -66,7 +77,7 @@ def test_test_validation_and_training_problems_are_disjoint(preset):
     trained = {
         (tuple(sorted(problem.numbers)), problem.target)
         for seed in (0, 1)
-        for problem in (experiment.demonstration("train", seed, index).problem for index in range(200))
+        for problem in (experiment.domain.demonstration("train", seed, index).problem for index in range(200))
     }
     assert not test & validation and not test & trained and not validation & trained
 
@@ -75,7 +86,7 @@ def test_evaluation_during_training_does_not_change_the_test_set():
     """However many problems choose the checkpoint, the final ones are the same."""
     small, large = one_device("laptop"), one_device("laptop")
     large.train.eval_problems = 10
-    assert Experiment(small).test_set() == Experiment(large).test_set()
+    assert build(small).test_set() == build(large).test_set()
 
 
 # ------------------------------------------------------------------- evaluation with a scripted model
@@ -109,22 +120,23 @@ class Replay:
         row = self.active.pop()  # the last first: nothing may depend on who ends when
         sampled = self.script[tuple(self.ids[row])]
         self.ids[row] = self.ids[row] + sampled
-        return [Stopped(row, sampled, [0.0] * len(sampled), [0.0] * len(sampled))]
+        return [Stopped(row, sampled, [0.0] * len(sampled))]
 
 
-class Scripted(Experiment):
-    """An experiment whose model repeats one demonstration of each held-out problem."""
+class Scripted(RolloutPool):
+    """A pool whose model repeats one demonstration of each held-out problem."""
 
     def __init__(self) -> None:
-        super().__init__(one_device("smoke"))
+        super().__init__(build(one_device("smoke")))
+        self.domain, self.test_set = self.parts.domain, self.parts.test_set
         self.recorded = [self.demonstrate(problem, index) for index, problem in enumerate(self.test_set())]
 
     def demonstrate(self, problem: Problem, index: int) -> Rollout:
-        trace = solver.demonstrate(problem, self.demonstrator, solver.random.Random(index))
-        return solver.record(problem, trace, self.task)
+        trace = solver.demonstrate(problem, self.domain.demonstrator, random.Random(index))
+        return record(problem, trace, self.domain.task)
 
     def runtimes(self, params, temperature, watch=None) -> list[Runtime]:
-        return [Runtime(Replay(self.recorded), self.task, self.limits, watch)]
+        return [Runtime(Replay(self.recorded), self.domain.task, self.parts.limits, watch)]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +150,7 @@ def scripted() -> Scripted:
 
 
 def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
-    evaluate.report(scripted, None, scripted.test_set(), tmp_path / "new" / "place", 7)
+    evaluation.report(scripted, None, scripted.test_set(), tmp_path / "new" / "place", 7)
     (entry,) = json.loads((tmp_path / "new" / "place" / "eval.json").read_text())
     results = entry.pop("results")
     rollouts = scripted.recorded
@@ -148,12 +160,12 @@ def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
     assert entry["children"] == sum(len(rollout.threads()) - 1 for rollout in rollouts) / 16
     assert (entry["checkpoint"], entry["seed"], entry["method"]) == (7, 0, "apr")
     for result, rollout in zip(results, rollouts, strict=True):
-        assert (result["numbers"], result["target"]) == (list(rollout.problem.numbers), rollout.problem.target)
+        assert result["problem"] == {"numbers": list(rollout.problem.numbers), "target": rollout.problem.target}
         assert (result["correct"], result["reason"]) == (rollout.grade.correct, rollout.grade.reason)
         assert result["answer"] == list(rollout.grade.answer)
         assert result["failure"] == ("" if rollout.grade.correct else "exhausted")  # as right demonstrations fail
-        assert result["total_tokens"] == parallel_runtime.total_tokens(rollout.root)
-        assert result["sequential_tokens"] == parallel_runtime.sequential_tokens(rollout.root)
+        assert result["total_tokens"] == records.total_tokens(rollout.root)
+        assert result["sequential_tokens"] == records.sequential_tokens(rollout.root)
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == entry
     assert "One solved problem, thread by thread" in out and "[child 0.0, call 0]" in out
@@ -162,9 +174,9 @@ def test_a_report_of_a_known_model(scripted, tmp_path, capsys):
 def test_interrupted_problems_count_if_all_their_samples_are_done(scripted):
     first, second, third = scripted.recorded[:3]
     done = [first, second, second, third, first, second]
-    assert evaluate.complete(done, 2) == [first, first, second, second]
-    assert evaluate.complete(done, 1) == [first, first, second, second, second, third]
-    assert evaluate.complete(done[:1], 2) == []
+    assert evaluation.complete(done, 2) == [first, first, second, second]
+    assert evaluation.complete(done, 1) == [first, first, second, second, second, third]
+    assert evaluation.complete(done[:1], 2) == []
 
 
 def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(scripted, tmp_path, capsys, monkeypatch):
@@ -179,12 +191,12 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
             yield item
 
     monkeypatch.setattr(parallel_runtime.Runtime, "stream", cut)
-    evaluate.report(scripted, None, scripted.test_set(), tmp_path, 7)
+    evaluation.report(scripted, None, scripted.test_set(), tmp_path, 7)
     (entry,) = json.loads((tmp_path / "interrupted.json").read_text())
     assert entry["n"] == len(entry["results"]) == 5
     expected = {(rollout.problem.numbers, rollout.problem.target): rollout.grade.correct for rollout in scripted.recorded}
     for result in entry["results"]:
-        assert result["correct"] == expected[tuple(result["numbers"]), result["target"]]
+        assert result["correct"] == expected[tuple(result["problem"]["numbers"]), result["problem"]["target"]]
     assert (tmp_path / "eval.json").read_text() == "[]"
     assert "interrupted: 5 rollouts are done" in capsys.readouterr().err
 
@@ -205,10 +217,10 @@ def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, 
         def close(self):
             seen.append("closed")
 
-    monkeypatch.setattr(evaluate, "Progress", Bar)
+    monkeypatch.setattr(evaluation, "Progress", Bar)
     ended = False
     with contextlib.suppress(parallel_runtime.Interrupted):
-        evaluate.measure(scripted, None, scripted.test_set(), "APR", 7)
+        evaluation.measure(scripted, None, scripted.test_set(), "APR", 7)
         ended = True
     assert ended != stopped
     counts = seen[1:-1]
@@ -218,31 +230,47 @@ def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, 
 
 def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_path):
     problems = scripted.test_set()[::-1]
-    evaluate.report(scripted, None, problems, tmp_path, 7)
+    evaluation.report(scripted, None, problems, tmp_path, 7)
     (entry,) = json.loads((tmp_path / "eval.json").read_text())
-    assert [tuple(result["numbers"]) for result in entry["results"]] == [problem.numbers for problem in problems]
+    assert [tuple(result["problem"]["numbers"]) for result in entry["results"]] == [problem.numbers for problem in problems]
     assert [result["correct"] for result in entry["results"]] == [r.grade.correct for r in scripted.recorded[::-1]]
 
 
 def test_the_demonstrators_share_is_its_own(scripted):
-    """Measured on fresh demonstrations: close to that of a hundred others, and the same each time."""
+    """Measured on fresh demonstrations, beam by beam: close to that of others of the beam, and the same each time."""
     problems = scripted.test_set() * 25
-    share = evaluate.demonstrators_accuracy(scripted, problems)
-    assert share == evaluate.demonstrators_accuracy(scripted, problems)
-    other = [scripted.demonstrate(problem, 1000 + index).grade.correct for index, problem in enumerate(problems)]
-    assert share == pytest.approx(sum(other) / len(other), abs=0.12)  # four standard errors of the difference
+    beams = scripted.domain.demonstrators(problems, 512)
+    assert beams == scripted.domain.demonstrators(problems, 512) and [entry["beam"] for entry in beams] == [1, 2, 3]
+    for entry in beams:
+        config = dataclasses.replace(scripted.domain.demonstrator, beam=(entry["beam"],) * 2)
+        traces = [solver.demonstrate(problem, config, random.Random(1000 + i)) for i, problem in enumerate(problems)]
+        other = [record(problem, trace, scripted.domain.task) for problem, trace in zip(problems, traces, strict=True)]
+        share = sum(rollout.grade.correct for rollout in other) / len(other)
+        assert entry["solved"] == pytest.approx(share, abs=0.12)  # four standard errors of the difference
+        assert entry["children"] == pytest.approx(sum(len(r.threads()) - 1 for r in other) / len(other), rel=0.2)
+        assert scripted.domain.demonstrators(problems[:16], 1)[0]["accuracy"] == 0  # nothing fits a context of one id
+
+
+def test_the_demonstrator_at_equal_compute_is_interpolated_by_hand():
+    """Between 2 children (0.4) and 4 (0.8), 3 make 0.6; beyond the ends it is theirs; SoS has no children, so tokens."""
+    beams = [{"children": c, "accuracy": a, "total_tokens": 10 * c} for c, a in ((4.0, 0.8), (2.0, 0.4))]
+    assert evaluation.at_equal_compute(beams, {"children": 3.0, "total_tokens": 0}) == pytest.approx(0.6)
+    assert evaluation.at_equal_compute(beams, {"children": 9.0}) == 0.8
+    alone = [dict(entry, children=0) for entry in beams]
+    assert evaluation.at_equal_compute(alone, {"children": 3.0, "total_tokens": 30.0}) == pytest.approx(0.6)
+    assert evaluation.at_equal_compute([], {}) is None
 
 
 def test_show_has_every_thread_where_it_ran(scripted):
     rollout = next(rollout for rollout in scripted.recorded if rollout.root.spawns)
-    text = evaluate.show(rollout, scripted.tokenizer)
+    text = evaluation.show(rollout, scripted.domain.language)
     heads = [line.split("]")[0] for line in text.splitlines() if line.startswith("[")]
     children = [f"[child 0.{i}, call 0" for i in range(len(rollout.root.spawns[0]))]
     assert heads[: len(children) + 2] == ["[parent, call 0", *children, "[parent, call 1"]
     for call in (call for thread in rollout.threads() for call in thread.calls):
-        for line in scripted.tokenizer.decode(call.sampled).splitlines():
+        for line in scripted.domain.language.decode(call.sampled).splitlines():
             assert f"    {line}\n" in text
-        for line in scripted.tokenizer.decode(call.injected).splitlines():
+        for line in scripted.domain.language.decode(call.injected).splitlines():
             assert f"  | {line}\n" in text
 
 
@@ -307,36 +335,36 @@ BAD_ENTRIES = {
 def test_a_bad_entry_is_named(tmp_path, entry):
     path = problems_file(tmp_path, f'[{{"numbers": [1, 2], "target": 3}}, {entry}]')
     with pytest.raises(UsageError, match="entry 1") as caught:
-        evaluate.read_problems(path)
+        evaluate.read_problems(path, CountdownDomain)
     assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", "null", '{"numbers": [1, 2], "target": 3}'])
 def test_a_file_that_is_no_list_of_problems_says_what_it_must_hold(tmp_path, text):
     with pytest.raises(UsageError, match=r'must hold a list of \{"numbers"'):
-        evaluate.read_problems(problems_file(tmp_path, text))
+        evaluate.read_problems(problems_file(tmp_path, text), CountdownDomain)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[{'numbers': [1, 2], 'target': 3}]", "\x00"])
 def test_a_file_that_is_not_json_says_so(tmp_path, text):
     with pytest.raises(UsageError, match=r"problems.json is not JSON"):
-        evaluate.read_problems(problems_file(tmp_path, text))
+        evaluate.read_problems(problems_file(tmp_path, text), CountdownDomain)
 
 
 def test_a_file_that_is_not_text_says_so(tmp_path):
     (tmp_path / "problems.json").write_bytes(b"\xff\xfe[\xff]")
     with pytest.raises(UsageError, match=r"problems.json"):
-        evaluate.read_problems(str(tmp_path / "problems.json"))
+        evaluate.read_problems(str(tmp_path / "problems.json"), CountdownDomain)
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(UsageError, match=r"nothing.json"):
-        evaluate.read_problems(str(tmp_path / "nothing.json"))
+        evaluate.read_problems(str(tmp_path / "nothing.json"), CountdownDomain)
 
 
 def test_good_problems_are_read_in_order(tmp_path, capsys):
     path = problems_file(tmp_path, '[{"numbers": [7, 2, 19], "target": 31}, {"target": 3, "numbers": [2, 1]}]')
-    assert evaluate.read_problems(path) == [Problem((7, 2, 19), 31), Problem((2, 1), 3)]
+    assert evaluate.read_problems(path, CountdownDomain) == [Problem((7, 2, 19), 31), Problem((2, 1), 3)]
     assert capsys.readouterr().err == ""
 
 
@@ -353,7 +381,7 @@ def test_the_command_evaluates_a_problems_file(smoke_run, command: Callable, tmp
     assert ended.status == 0, ended.err
     assert "entry 1: 20 cannot be reached" in ended.err and "entry 0" not in ended.err
     (entry,) = json.loads((output / "eval.json").read_text())
-    assert [(r["numbers"], r["target"]) for r in entry["results"]] == [([7, 2, 9], 18), ([1, 1, 1], 20)]
+    assert [r["problem"] for r in entry["results"]] == [{"numbers": [7, 2, 9], "target": 18}, {"numbers": [1, 1, 1], "target": 20}]
     assert entry["n"] == 2 and entry["results"][1]["correct"] is False
     assert (smoke_run.path / "eval.json").read_text() == before
 
@@ -439,7 +467,7 @@ def test_another_evaluation_does_not_replace_the_runs_own(smoke_run, command, tm
 def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
     smoke_run, command: Callable, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Experiment, "solve", lambda *_: pytest.fail("evaluated first"))
+    monkeypatch.setattr(RolloutPool, "solve", lambda *_: pytest.fail("evaluated first"))
     (tmp_path / "file").write_text("")
     ended = command(evaluate, f"--workdir={smoke_run.path}", f"--output={tmp_path / 'file' / 'below'}", *SMALL)
     assert ended.status == 2, ended
@@ -451,16 +479,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
 
 def test_what_a_config_asks_for_is_named():
     config = one_device("laptop")
-    assert evaluate.budget(config) == "free" and evaluate.kept(Experiment(config), []) is None
+    assert evaluation.budget(build(config)) == "free" and evaluation.kept(build(config), []) is None
     config.limits.update(thread_tokens=128, answer_tokens=32, extensions=2)
     config.prompt.sub_calls = 3
-    assert evaluate.budget(config) == "3 threads asked, answer after 128 tokens, sent on 2 times"
+    assert evaluation.budget(build(config)) == "3 threads asked, answer after 128 tokens, sent on 2 times"
 
 
 def test_budgets_kept_are_counted_by_hand():
     """Two children were started; 27 ids sampled by the parent; its longest context 60."""
-    rollout = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 0.0)
-    alone = rollout_of(True, [100], [], parallel_runtime.END, 0.0)
+    rollout = rollout_of(True, [20, 7], [[30, 50]], records.END, 0.0)
+    alone = rollout_of(True, [100], [], records.END, 0.0)
     for field, value, used, within in (
         ("prompt.sub_calls", 2, 1, 0.5),
         ("prompt.tokens", 107, 82, 0.5),  # 107 itself, in a bin of 50: the line that asks has three ids
@@ -471,16 +499,16 @@ def test_budgets_kept_are_counted_by_hand():
         config.limits.thread_tokens = 50
         config.demonstrator.token_bin = 50
         config.update_from_flattened_dict({field: value})
-        kept = evaluate.kept(Experiment(config), [rollout, alone])
+        kept = evaluation.kept(build(config), [rollout, alone])
         assert kept and (kept["used"], kept["within"]) == (used, within), field
 
 
 def test_a_fingerprint_differs_where_a_parameter_does():
     params = {"a": np.arange(6.0).reshape(2, 3), "b": np.zeros(2)}
-    assert evaluate.fingerprint(params) == evaluate.fingerprint({"a": params["a"].copy(), "b": params["b"]})
-    assert evaluate.fingerprint(params) != evaluate.fingerprint({"a": params["a"], "b": np.array([0.0, 1e-9])})
+    assert evaluation.fingerprint(params) == evaluation.fingerprint({"a": params["a"].copy(), "b": params["b"]})
+    assert evaluation.fingerprint(params) != evaluation.fingerprint({"a": params["a"], "b": np.array([0.0, 1e-9])})
     problems = [Problem((1, 2), 3), Problem((2, 3), 5)]
-    assert evaluate.problem_set(problems) != evaluate.problem_set(problems[::-1])
+    assert evaluation.problem_set(problems) != evaluation.problem_set(problems[::-1])
 
 
 def test_samples_are_different_draws_in_order_of_the_problems(smoke_run, command: Callable, tmp_path):
@@ -489,7 +517,7 @@ def test_samples_are_different_draws_in_order_of_the_problems(smoke_run, command
     assert ended.status == 0, ended.err
     (entry,) = json.loads((tmp_path / "eval.json").read_text())
     assert (entry["n"], entry["samples"], len(entry["results"])) == (3, 2, 6)
-    problems = [(tuple(result["numbers"]), result["target"]) for result in entry["results"]]
+    problems = [(tuple(result["problem"]["numbers"]), result["problem"]["target"]) for result in entry["results"]]
     assert problems[::2] == problems[1::2] and len(set(problems)) == 3
     assert [result["sample"] for result in entry["results"]] == [0, 1] * 3
     assert "pass@2" in ended.out
@@ -525,7 +553,7 @@ def sweep_file(path: pathlib.Path, workdir: object, *grids: dict) -> str:
 def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: Callable, tmp_path, monkeypatch):
     plan = sweep_file(tmp_path / "a", smoke_run.path, {"sampler.temperature": (0.0, 1.0)}, {"limits.spawns": (0,)})
     output = f"--output={tmp_path / 'out'}"
-    measure, measured = evaluate.measure, []
+    measure, measured = evaluation.measure, []
 
     def counted(*arguments):
         if len(measured) == 2:
@@ -533,19 +561,19 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
         measured.append(arguments)
         return measure(*arguments)
 
-    monkeypatch.setattr(evaluate, "measure", counted)
+    monkeypatch.setattr(sweep, "measure", counted)
     with pytest.raises(RuntimeError, match="killed"):
         command(evaluate, plan, output)
     assert len(list(tmp_path.glob("out/*/eval.json"))) == 2
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(sweep, "measure", measure)
     ended = command(evaluate, plan, output)
     assert ended.status == 0, ended.err
     summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
     assert sorted((s["temperature"], s["asked"]["spawns"]) for s in summaries) == [(0, 0), (0, 16), (1, 16)]
     assert json.loads(ended.out.splitlines()[-1])["points"] == 3
-    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured again"))
     assert command(evaluate, plan, output).status == 0
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(sweep, "measure", measure)
     other = sweep_file(tmp_path / "b", smoke_run.path, {"sampler.temperature": (0.0,), "evaluation.seed": (1,)})
     assert command(evaluate, other, output, "--config.limits.depth=0").status == 0
     summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
@@ -555,30 +583,30 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
 
 
 def test_a_sweep_warms_up_once_for_points_that_share_compiled_functions(smoke_run, command, tmp_path, monkeypatch):
-    warmed, warm_up = [], evaluate.warm_up
+    warmed, warm_up = [], evaluation.warm_up
 
-    def counted(experiment, *given):
-        warmed.append(experiment.config.evaluation.concurrent)
-        warm_up(experiment, *given)
+    def counted(pool, *given):
+        warmed.append(pool.parts.evaluation.concurrent)
+        warm_up(pool, *given)
 
-    monkeypatch.setattr(evaluate, "warm_up", counted)
+    monkeypatch.setattr(sweep, "warm_up", counted)
     grids = {"limits.spawns": (0, 1)}, {"limits.spawns": (2,), "evaluation.concurrent": (2,)}
     plan = sweep_file(tmp_path, smoke_run.path, *grids)
     assert command(evaluate, plan, f"--output={tmp_path / 'out'}").status == 0
     assert warmed == [0, 2]
 
 
-def test_problems_that_chose_the_checkpoint_are_not_evaluated_on(smoke_run, command: Callable, tmp_path):
+def test_more_problems_than_there_are_held_out_are_refused(smoke_run, command: Callable, tmp_path):
     output = f"--output={tmp_path / 'out'}"
-    ended = command(evaluate, f"--workdir={smoke_run.path}", output, "--config.evaluation.problems=17", *SMALL)
-    assert ended.status == 2 and "evaluation.problems=17" in ended.err and "first 16" in ended.err, ended
+    ended = command(evaluate, f"--workdir={smoke_run.path}", output, "--config.evaluation.problems=100000", *SMALL)
+    assert ended.status == 2 and "heldout split, 100000 were asked for" in ended.err, ended
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ({"evaluation.problems": (17,)}, "evaluation.problems=17"),
+        ({"evaluation.problems": (100000,)}, "100000 were asked for"),
         ({"sampler.tempreature": (0.0,)}, "tempreature"),
         ({"sampler.temperature": ("warm",)}, "temperature"),
         ({"sampler.temperature": (-1.0,)}, "temperature"),
@@ -586,7 +614,7 @@ def test_problems_that_chose_the_checkpoint_are_not_evaluated_on(smoke_run, comm
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, tmp_path, monkeypatch, grid, words):
-    monkeypatch.setattr(evaluate, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured"))
     plan = sweep_file(tmp_path, smoke_run.path, {"sampler.top_k": (0,)}, grid)
     ended = command(evaluate, plan, f"--output={tmp_path / 'out'}")
     assert ended.status == 2, ended

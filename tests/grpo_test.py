@@ -6,21 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import grpo
+import objective
 from configs import grpo as recipe
+from objective import GrpoConfig
 from packing import TokenBatch
-from parallel_runtime import END, SPAWN, Call, Grade, Rollout, Thread
+from records import END, SPAWN, Call, Grade, Rollout, Thread
 from train_state import Outputs
 
 
-def config(**changes) -> ConfigDict:
+def config(**changes) -> GrpoConfig:
     """The recipe's switches with some changed."""
-    result = recipe.get_config().grpo.copy_and_resolve_references()
-    with result.unlocked():
-        result.update(changes)
-    return result
+    return GrpoConfig(**dict(recipe.get_config().grpo, **changes))
 
 
 def rollout(correct: bool = True, children: int = 2) -> Rollout:
@@ -45,27 +43,27 @@ def loss(logp, tokens: TokenBatch, **changes) -> jax.Array:
     """Loss per token of the one row."""
     logp = jnp.asarray([logp], jnp.float32) if not isinstance(logp, jax.Array) else logp
     zeros = jnp.zeros(logp.shape)
-    return grpo.grpo_loss(config(**changes))(Outputs(logp, zeros, zeros), tokens)[0][0]
+    return objective.grpo_loss(config(**changes))(Outputs(logp, zeros, zeros), tokens)[0][0]
 
 
 # ---------------------------------------------------------------- reward and advantage
 
 
 def test_reward_is_correctness_and_shaping_is_gated_by_it():
-    assert grpo.reward(rollout(), config()) == 1 and grpo.reward(rollout(False), config()) == 0
+    assert objective.reward(rollout(), config()) == 1 and objective.reward(rollout(False), config()) == 0
     # Total 6 + 3 + 5 = 14 tokens, sequential 6 + 5 = 11: a share of 3/14 is saved, more than the cap of 0.2.
     bonus = config(acceleration=0.5)
-    assert grpo.reward(rollout(), bonus) == pytest.approx(1.1)
-    assert grpo.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
-    assert grpo.reward(rollout(False), bonus) == 0
+    assert objective.reward(rollout(), bonus) == pytest.approx(1.1)
+    assert objective.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
+    assert objective.reward(rollout(False), bonus) == 0
 
 
 def test_penalties_count_threads_and_tokens_past_the_budget():
-    assert grpo.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
+    assert objective.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
     penalty = config(token_penalty=0.01, token_budget=10.0)
-    assert grpo.reward(rollout(), penalty) == pytest.approx(0.96)
-    assert grpo.reward(rollout(False), penalty) == pytest.approx(-0.04)
-    assert grpo.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
+    assert objective.reward(rollout(), penalty) == pytest.approx(0.96)
+    assert objective.reward(rollout(False), penalty) == pytest.approx(-0.04)
+    assert objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -77,24 +75,33 @@ def test_penalties_count_threads_and_tokens_past_the_budget():
     ],
 )
 def test_advantages_by_hand(kind, expected):
-    result = grpo.advantages(np.asarray([[1.0, 0, 0, 0], [1, 1, 1, 1]]), kind)
+    result = objective.ADVANTAGES[kind](np.asarray([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
     np.testing.assert_allclose(result[0], expected, rtol=1e-5)
     assert not result[1].any()
 
 
-@pytest.mark.parametrize("kind", grpo.ADVANTAGES)
+@pytest.mark.parametrize("kind", objective.ADVANTAGES)
 def test_a_group_of_equal_rewards_contributes_nothing_even_when_rounding_would(kind):
-    assert not grpo.advantages(np.full((1, 3), 0.1 + 0.2), kind).any()
+    assert not objective.ADVANTAGES[kind](np.full((1, 3), 0.1 + 0.2)).any()
 
 
 # ---------------------------------------------------------------- weights
 
 
 def sums(rollouts, aggregate, constant=1.0):
-    """Per rollout the weights of its calls' tokens, by number of sampled ids."""
-    result = grpo.weigh(rollouts, aggregate, constant)
-    sizes = [{(id(t), n): len(c.sampled) for t in r.threads() for n, c in enumerate(t.calls)} for r in rollouts]
-    return [sorted((sizes[i][key], *weights) for key, weights in one.items()) for i, one in enumerate(result)]
+    """Per rollout the weights of its calls' tokens, by number of sampled ids, as they are attached to segments."""
+    switches = config(aggregate=aggregate, rollout_constant=constant)
+    collected = grpo.Collected([rollouts], np.ones((1, len(rollouts))), np.ones((1, len(rollouts))))
+    pieces = grpo.make_segments(collected, switches, 1000)
+    result = []
+    for one in rollouts:
+        calls = set()
+        for piece in (piece for piece in pieces if piece.thread in one.threads()):
+            for call, *pair in zip(piece.calls, piece.weight, piece.kl_weight, strict=True):
+                assert (call >= 0) == any(pair)  # injected ids weigh nothing
+                calls |= {(piece.thread.path, call, len(piece.thread.calls[call].sampled), *pair)} if call >= 0 else set()
+        result.append(sorted(call[2:] for call in calls))
+    return result
 
 
 def test_weights_per_call_then_rollout_are_the_papers():
@@ -115,7 +122,7 @@ def test_weights_per_token_and_per_rollout():
 def test_calls_without_ids_weigh_nothing():
     empty = rollout(children=0)
     empty.root.calls[1].sampled = []
-    assert len(grpo.weigh([empty], "call", 1.0)[0]) == 1
+    assert sums([empty], "call") == [[(4, pytest.approx(1 / 4), pytest.approx(1 / 4))]]
 
 
 # ---------------------------------------------------------------- loss
@@ -182,7 +189,7 @@ def test_a_two_armed_policy_learns_the_better_arm():
     for step in range(60):
         arms = jax.random.categorical(jax.random.fold_in(key, step), logits, shape=(16,))
         rewards = np.asarray(arms == 1, float)
-        tokens = batch(grpo.advantages(rewards[None], "std")[0], jax.nn.log_softmax(logits)[arms])
+        tokens = batch(objective.ADVANTAGES["std"](rewards[None])[0], jax.nn.log_softmax(logits)[arms])
         logits = logits - 0.3 * jax.grad(objective)(logits, arms, tokens)
     assert jax.nn.softmax(logits)[1] > 0.95
 
@@ -201,7 +208,6 @@ def test_a_two_armed_policy_learns_the_better_arm():
         {"rollouts": 1},
         {"problems": 0},
         {"updates": 0},
-        {"eval_every": 0},
         {"clip_low": -0.1},
         {"kl_weight": -1.0},
         {"rollout_constant": 0.0},
@@ -212,5 +218,5 @@ def test_a_two_armed_policy_learns_the_better_arm():
 )
 def test_a_bad_switch_is_named(change):
     with pytest.raises(ValueError, match=f"grpo.{next(iter(change))}"):
-        grpo.check(config(**change))
-    grpo.check(config())
+        config(**change)
+    config()

@@ -14,15 +14,21 @@ import pytest
 from ml_collections import ConfigDict
 
 import grpo
+import objective
 import solver
 from configs import apr
 from configs import grpo as recipe
-from evaluate import PRETRAINED
-from harness.build import Experiment
+from countdown.task import Countdown
+from harness import loop
+from harness.build import Parts, build
 from harness.cli import UsageError
-from harness.workdir import Workdir, load_best, read_config
-from parallel_runtime import CONTEXT, END, Call, Grade, Request, Rollout, Thread
-from train_state import TrainState, init_params, init_state, make_mesh, make_train_step, stack
+from harness.rollouts import RolloutPool
+from harness.workdir import PRETRAINED, Workdir, load_best, read_config
+from objective import GrpoConfig
+from packing import Segment, TokenBatch, lay_out, pack, pad_rows, places, split
+from protocols import Request
+from records import CONTEXT, END, Call, Grade, Rollout, Thread
+from train_state import TrainState, init_params, init_state, make_mesh, make_train_step
 
 GROUPS, SIZE = 3, 4
 
@@ -33,6 +39,7 @@ def rl_config(**changes: int | float | str) -> ConfigDict:
     with config.unlocked():
         config.grpo = rl.grpo
         config.optimizer = ConfigDict(dict(rl.optimizer, steps=rl.grpo.steps * rl.grpo.updates))
+        config.train.update(rl.train)
     small = {
         "mesh.data": 1,
         "model.layers": 1,
@@ -45,12 +52,12 @@ def rl_config(**changes: int | float | str) -> ConfigDict:
     return config
 
 
-def sampled_group(experiment: Experiment, seed: int) -> list[Rollout]:
+def sampled_group(experiment: Parts, seed: int) -> list[Rollout]:
     """Demonstrations of one problem as if a model had sampled them: with log-probs, and half of them wrong."""
     rng = np.random.default_rng(seed)
     rollouts = []
     for index in itertools.count():
-        rollout = experiment.demonstration("train", seed, index)
+        rollout = experiment.domain.demonstration("train", seed, index)
         for call in (call for thread in rollout.threads() for call in thread.calls):
             call.logprobs = rng.uniform(-9, 0, len(call.sampled)).tolist()
         rollout.grade = Grade(len(rollouts) % 2 == 0, "")
@@ -60,30 +67,37 @@ def sampled_group(experiment: Experiment, seed: int) -> list[Rollout]:
     raise AssertionError
 
 
-def collected(experiment: Experiment) -> grpo.Collected:
+def collected(experiment: Parts) -> grpo.Collected:
     groups = [sampled_group(experiment, seed) for seed in range(GROUPS)]
-    rewards = np.asarray([[grpo.reward(r, experiment.config.grpo) for r in group] for group in groups])
+    switches = GrpoConfig(**experiment.config.grpo)
+    rewards = np.asarray([[objective.reward(r, switches) for r in group] for group in groups])
     rewards[0, 0] += 0.5  # groups differ
-    return grpo.Collected(groups, rewards, grpo.advantages(rewards, experiment.config.grpo.advantage))
+    return grpo.Collected(groups, rewards, objective.ADVANTAGES[switches.advantage](rewards))
+
+
+def batch_of(collection: grpo.Collected, config: ConfigDict) -> tuple[TokenBatch, list[list[Segment]]]:
+    """The micro-batches of a step, and their rows."""
+    context, micro_rows = config.model.context, config.train.micro_rows
+    rows = pad_rows(pack(grpo.make_segments(collection, GrpoConfig(**config.grpo), context), context), micro_rows)
+    return split(lay_out(rows, context), micro_rows), rows
 
 
 def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
     """Minus the change that one plain gradient step makes."""
-    experiment = Experiment(config)
+    experiment = build(config)
     collection = collected(experiment)
     if order < 0:
         collection = grpo.Collected(*(part[::-1] for part in collection))
-    batches, _ = grpo.make_batches(collection, config, config.train.micro_rows)
-    batch = stack(batches)
+    batch, _ = batch_of(collection, config)
     batch = batch._replace(ref_logp=batch.old_logp - 0.1)
     mesh = make_mesh(data, 1, 1)
     params = jax.device_get(init_state(experiment.model, optax.sgd(1.0), mesh, jax.random.key(0)).params)
-    step = make_train_step(experiment.model, optax.sgd(1.0), grpo.grpo_loss(config.grpo), mesh)
+    step = make_train_step(experiment.model, optax.sgd(1.0), objective.grpo_loss(GrpoConfig(**config.grpo)), mesh)
     state, *_ = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0)), batch)
     return jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
 
 
-@pytest.fixture(scope="module", params=grpo.AGGREGATES)
+@pytest.fixture(scope="module", params=objective.AGGREGATES)
 def reference(request, compilation_cache) -> tuple[str, dict]:
     """The gradient of all rows in one micro-batch on one device."""
     return request.param, gradient(rl_config(train__micro_rows=64, train__rows=64, grpo__aggregate=request.param))
@@ -113,13 +127,13 @@ def test_no_micro_batch_packing_device_or_order_changes_the_gradient(reference, 
 
 def test_every_sampled_id_has_its_own_rollouts_advantage_and_log_prob():
     config = rl_config()
-    experiment = Experiment(config)
+    experiment = build(config)
     collection = collected(experiment)
-    batches, where = grpo.make_batches(collection, config, 2)
+    batch, rows = batch_of(collection, config)
+    batch = TokenBatch(*(field.reshape(-1, field.shape[-1]) for field in batch))
     owners = {id(t): (p, g) for p, group in enumerate(collection.groups) for g, r in enumerate(group) for t in r.threads()}
     seen = 0
-    for number, row, columns, piece in where:
-        batch = batches[number]
+    for row, columns, piece in places(rows):
         sampled = batch.sampled[row, columns]
         expected = collection.advantages[owners[id(piece.thread)]]
         np.testing.assert_allclose(batch.advantage[row, columns][sampled], expected, rtol=1e-6)
@@ -136,16 +150,15 @@ def test_every_sampled_id_has_its_own_rollouts_advantage_and_log_prob():
 def test_threads_cut_before_they_sampled_anything_are_counted_and_weigh_nothing():
     """A rollout whose joined parent had no room left: its last call is empty."""
     config = rl_config(grpo__kl_weight=0.0)
-    experiment = Experiment(config)
-    ids = experiment.tokenizer.encode("Moving to Node #0\n")
+    experiment = build(config)
+    ids = experiment.domain.language.encode("Moving to Node #0\n")
     root = Thread((), [Call(0, ids, [3, 4], [-1.0, -2.0], "spawn"), Call(4, ids, [], [], CONTEXT)])
     root.spawns.append([Thread((0, 0), [Call(0, ids, [5], [-1.0], END)])])
     good = sampled_group(experiment, 0)
     cut = Rollout(good[0].problem, root, Grade(False, "no answer: stopped by context"))
     rewards = np.asarray([[1.0, 0.0]])
-    collection = grpo.Collected([[good[0], cut]], rewards, grpo.advantages(rewards, "mean"))
-    batches, _ = grpo.make_batches(collection, config, config.train.micro_rows)
-    weights = sum(batch.weight.sum() for batch in batches)
+    collection = grpo.Collected([[good[0], cut]], rewards, objective.ADVANTAGES["mean"](rewards))
+    weights = batch_of(collection, config)[0].weight.sum()
     calls = sum(len(thread.calls) for thread in good[0].threads())
     # Each rollout's calls weigh 1 / (its calls x all calls) each: two rollouts' worth, over all calls with ids.
     assert weights == pytest.approx(2 / (calls + 2), rel=1e-4)
@@ -156,14 +169,14 @@ def test_threads_cut_before_they_sampled_anything_are_counted_and_weigh_nothing(
 # ------------------------------------------------------------------- collecting
 
 
-class Scripted(Experiment):
-    """Rollouts that were written before: `table[(target, index)]` says whether one is right."""
+class Scripted(RolloutPool):
+    """Rollouts that were written before: `right(request)` says whether one is right."""
 
     def __init__(self, config: ConfigDict, right) -> None:
-        super().__init__(config)
+        super().__init__(build(config))
         self.right, self.asked = right, []
 
-    def rollouts(self, params, temperature, requests, seed, tell=None):
+    def run(self, params, temperature, requests, seed, tell=None):
         self.asked.append((temperature, [request.problem for request in requests], tuple(seed)))
         call = lambda: Call(0, [1], [2], [-1.0], END)
         return [
@@ -172,30 +185,35 @@ class Scripted(Experiment):
 
 
 def test_groups_are_rollouts_of_one_problem_and_the_cursor_moves_on():
-    experiment = Scripted(rl_config(), lambda request: request.index == 0)
-    first, cursor = grpo.collect(experiment, None, step=7, cursor=100)
+    pool = Scripted(rl_config(grpo__temperature=0.5), lambda request: request.index == 0)
+    experiment = pool.parts
+    first, cursor = grpo.collect(pool, GrpoConfig(**experiment.config.grpo), None, step=7, cursor=100)
     assert cursor == 104 and first.rewards.tolist() == [[1, 0]] * 4
     assert [{r.problem for r in group} for group in first.groups] == [
-        {experiment.problem("train", 0, 100 + i)} for i in range(4)
+        {experiment.domain.problem("train", 0, 100 + i)} for i in range(4)
     ]
-    ((temperature, problems, seed),) = experiment.asked
-    assert temperature == 1.0 and seed == (0, 7)
-    assert problems == [experiment.problem("train", 0, 100 + i) for i in range(4) for _ in range(2)]
+    ((temperature, problems, seed),) = pool.asked
+    assert temperature == 0.5 and seed == (0, 7)
+    assert problems == [experiment.domain.problem("train", 0, 100 + i) for i in range(4) for _ in range(2)]
+
+
+def collect(config: ConfigDict, right) -> tuple[grpo.Collected, int]:
+    return grpo.collect(Scripted(config, right), GrpoConfig(**config.grpo), None, 0, 0)
 
 
 def test_groups_without_signal_are_kept_dropped_or_replaced():
     def right(request: Request) -> bool:
         return request.index == 0 or request.problem.target % 2 == 0  # even targets: always right
 
-    even = [solver.problem(Experiment(rl_config()).family, "train", 0, i).target % 2 == 0 for i in range(16)]
+    even = [solver.problem(build(rl_config()).domain.family, "train", 0, i).target % 2 == 0 for i in range(16)]
     assert even[:4].count(True) in (1, 2, 3)
-    kept, cursor = grpo.collect(Scripted(rl_config(), right), None, 0, 0)
+    kept, cursor = collect(rl_config(), right)
     assert (len(kept.groups), cursor) == (4, 4)
     assert [not advantage.any() for advantage in kept.advantages] == even[:4]
     live = kept.live()
     assert live.advantages.any(axis=1).all() and len(live.groups) == len(live.rewards) == even[:4].count(False)
     assert live.groups[0] is kept.groups[even.index(False)]
-    refilled, cursor = grpo.collect(Scripted(rl_config(grpo__dead_groups="refill"), right), None, 0, 0)
+    refilled, cursor = collect(rl_config(grpo__dead_groups="refill"), right)
     assert even[:cursor].count(False) == len(refilled.live().groups) == 4 and cursor == len(refilled.groups) > 4
 
 
@@ -207,8 +225,8 @@ class Killed(BaseException):
 
 
 def final(path: pathlib.Path, config: ConfigDict) -> tuple:
-    experiment = Experiment(config)
-    like = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(1))
+    experiment = build(config)
+    like = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
     restored = Workdir(path, config).restore(like)
     assert restored is not None
     return restored
@@ -221,12 +239,12 @@ def log(path: pathlib.Path) -> list[dict]:
 
 @pytest.mark.parametrize("fatal", [1, 4])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkeypatch, compilation_cache):
-    config = rl_config(grpo__steps=4, grpo__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
+    config = rl_config(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
     reference = jax.device_get(
-        init_state(Experiment(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
+        init_state(build(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
     )
-    grpo.train(Experiment(config), Workdir(tmp_path / "whole", config), reference)
+    grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "whole", config), reference)
     with monkeypatch.context() as patch:
         original, calls = grpo.Trainer.step, itertools.count(1)
 
@@ -237,8 +255,8 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkey
 
         patch.setattr(grpo.Trainer, "step", dying)
         with pytest.raises(Killed):
-            grpo.train(Experiment(config), Workdir(tmp_path / "killed", config), reference)
-    grpo.train(Experiment(config), Workdir(tmp_path / "killed", config), reference)
+            grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "killed", config), reference)
+    grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "killed", config), reference)
     (state, extra), (expected, expected_extra) = (final(tmp_path / name, config) for name in ("killed", "whole"))
     assert extra == expected_extra and extra["step"] == 4 and extra["cursor"] == 16
     jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -249,15 +267,14 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkey
 
 def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, compilation_cache):
     config = rl_config(grpo__steps=2)
-    experiment = Experiment(config)
+    experiment = build(config)
     reference = jax.device_get(
         init_state(experiment.model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
     )
-    monkeypatch.setattr(experiment, "validation_set", lambda: [])
-    monkeypatch.setattr(grpo, "_validate", lambda *_: None)
-    monkeypatch.setattr(experiment.task, "grade", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "_checkpoint", lambda *_: None)
+    monkeypatch.setattr(Countdown, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        grpo.train(experiment, Workdir(tmp_path / "run", config), reference)
+        grpo.train(RolloutPool(experiment), Workdir(tmp_path / "run", config), reference)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -268,14 +285,13 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     """The log-probs that rollouts were sampled with, within 1e-4 of the trainer's: parents, children, after joins."""
     config = grpo.combine(PRETRAINED, recipe.get_config("smoke"))
     config.mesh.data, config.sampler.rows, config.sampler.bucket, config.sampler.view = 1, 16, 256, 4096  # few shapes
-    config.grpo.problems = 3
-    experiment = Experiment(config)
-    params, _ = load_best(PRETRAINED, experiment.param_shapes())
-    trainer = grpo.Trainer(experiment, params)
-    collection, _ = grpo.collect(experiment, params, 0, 0)
-    batches, where = grpo.make_batches(collection, config, 2)
-    batch = stack(batches)
-    found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), where)
+    config.grpo.problems, config.grpo.temperature = 3, 0.5
+    pool = RolloutPool(build(config))
+    params, _ = load_best(PRETRAINED, pool.parts.param_shapes())
+    trainer = grpo.Trainer(pool, params)
+    collection, _ = grpo.collect(pool, trainer.config, params, 0, 0)
+    batch, rows = batch_of(collection, config)
+    found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), rows)
     assert found.keys() == {"mismatch_parent", "mismatch_child", "mismatch_joined"}
     assert all(0 < value < 1e-4 for value in found.values()), found
 
@@ -283,13 +299,14 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
 def test_lanes_draw_the_ids_of_a_single_sampler(compilation_cache):
     drawn = []
     for lanes in (1, 2, 4):
-        experiment = Experiment(rl_config(sampler__lanes=lanes))
+        experiment = build(rl_config(sampler__lanes=lanes))
         params = init_params(experiment.model, jax.random.key(0))
-        requests = [Request(experiment.problem("train", 0, n // 2), n % 2) for n in range(11)]
-        rollouts = experiment.rollouts(params, 1.0, requests, (0,))
+        requests = [Request(experiment.domain.problem("train", 0, n // 2), n % 2) for n in range(11)]
+        pool = RolloutPool(experiment)
+        rollouts = pool.run(params, 1.0, requests, (0,))
         assert [(rollout.problem, rollout.index) for rollout in rollouts] == [(r.problem, r.index) for r in requests]
         drawn.append([[call.sampled for t in rollout.threads() for call in t.calls] for rollout in rollouts])
-        assert all(value > 0 for value in experiment.sampler_seconds(1.0).values())
+        assert all(value > 0 for value in pool.seconds(1.0).values())
     assert drawn[0] == drawn[1] == drawn[2] and len({str(calls) for calls in drawn[0]}) == 11
 
 
@@ -320,16 +337,16 @@ def test_the_shipped_run_evaluates_and_goes_on_on_any_number_of_devices():
     """Rows per forward pass are those of one device; with eight, the supervised batch of 8 rows is not needed."""
     stored = ConfigDict(read_config(PRETRAINED))
     assert jax.device_count() == 8 and stored.train.rows == 8 and stored.train.micro_rows == 2
-    assert Experiment(stored).devices == 8
-    assert Experiment(grpo.combine(PRETRAINED, recipe.get_config("laptop"))).devices == 8
+    assert build(stored).devices == 8
+    assert build(grpo.combine(PRETRAINED, recipe.get_config("laptop"))).devices == 8
 
 
 def test_rollouts_can_be_told_of_a_budget():
     config = rl_config()
     config.prompt.sub_calls = 5
-    experiment = Experiment(config)
-    ids = experiment.task.prompt(experiment.problem("train", 0, 0))
-    assert experiment.tokenizer.decode(ids).startswith("Sub Call Budget: 5 ")
+    experiment = build(config)
+    ids = experiment.domain.task.prompt(experiment.domain.problem("train", 0, 0))
+    assert experiment.domain.language.decode(ids).startswith("Sub Call Budget: 5 ")
 
 
 def test_the_learning_rate_decays_over_the_steps_there_are():

@@ -23,7 +23,6 @@ SMALL = ModelConfig(
     context=32,
     rope_theta=100.0,
     tied=True,
-    temperature=1.0,
     dtype="float32",
 )
 T = 21  # no multiple of the query blocks

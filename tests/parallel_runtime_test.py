@@ -1,23 +1,12 @@
 """The runtime, driven by scripts: no weights, no JAX.
 
-`ScriptedEngine` is an engine whose "model" is a function from a thread's text to
-what it writes next. It checks the contract of rows on every call: who owns a
-row, what it holds, what is kept, that stopped rows stay stopped. `Toy` is a task
-in a language of characters:
-
-    x<a|b|C>    spawn: children with the prompts "a:", "b:" and, long as any capital, "CCCCCCCCCCCCCCCCCCC:"
-    [1,!]       join: what the children wrote, "!" for one that did not end
-    .           end
-    =           what a root that is cut must go on with; +, one that gave up; one that wrote "k" has an answer
-
-and `Products` is a second task, the product of two numbers by partial products.
-The random scripts are in `runtime_fuzz_test.py`.
+The scripted engine and its toy task are those of `examples/threads_without_a_model.py`; `examples/products.py` is a
+second task, the product of two numbers by partial products. The random scripts are in `runtime_fuzz_test.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 import threading
 import time
@@ -26,118 +15,25 @@ from collections.abc import Callable, Sequence
 import pytest
 
 import parallel_runtime as pr
-from parallel_runtime import Fill, Grade, Limits, MalformedSpawn, Request, Rollout, Runtime, Spawn, Stopped, Thread
+import records
+from examples.products import Products
+from examples.threads_without_a_model import Script, ScriptedEngine, Toy, logprobs, text
+from parallel_runtime import Limits, Run, Runtime
+from protocols import Fill, Request, Stopped
+from records import Rollout, Thread
 
-Script = Callable[[str, Fill], str]
 LIMITS = Limits(children=4, spawns=4, depth=1, thread_tokens=100, rollout_tokens=1000)
 SEED = (7, 3)
 
 
-def ids(text: str) -> list[int]:
-    return [ord(letter) for letter in text]
+class Watched(Runtime):
+    """A runtime that keeps its last run, to be looked at."""
 
+    last: Run
 
-def text(of: Sequence[int]) -> str:
-    return "".join(map(chr, of))
-
-
-class Toy:
-    """A task in which the model may ask for children of any name."""
-
-    end_id, spawn_id = ord("."), ord(">")
-
-    def prompt(self, problem: str) -> list[int]:
-        return ids(problem)
-
-    def spawn(self, ids_: Sequence[int]) -> Spawn:
-        before, mark, block = text(ids_)[:-1].rpartition("<")
-        if not mark:
-            raise MalformedSpawn("no block")
-        if not block:
-            raise MalformedSpawn("no children")
-        for name in block.split("|"):
-            if not re.fullmatch("[a-z]+|[A-Z]", name):
-                raise MalformedSpawn(f"unknown node {name!r}")
-        return Spawn(len(before), [ids(f"{name * 19 if name.isupper() else name}:") for name in block.split("|")])
-
-    def join(self, children: Sequence[Thread]) -> list[int]:
-        return ids("[" + ",".join(answer(child) for child in children) + "]")
-
-    def answer(self, problem: str, ids_: Sequence[int]) -> tuple[int, list[int]]:
-        return len(ids_), ids("=")
-
-    def extend(self, ids_: Sequence[int]) -> tuple[int, list[int]] | None:
-        return None if "k" in text(ids_) else (len(ids_) - 1, ids("+"))
-
-    def grade(self, problem: str, root: Thread) -> Grade:
-        return Grade(root.stop == pr.END, "" if root.stop == pr.END else root.stop, (text(root.calls[-1].sampled),))
-
-
-def answer(thread: Thread) -> str:
-    return text(thread.calls[-1].sampled[:-1]) if thread.stop == pr.END else "!"
-
-
-@dataclasses.dataclass
-class Row:
-    owner: tuple[int, int] | None = None  # key of the thread whose ids these are
-    ids: list[int] = dataclasses.field(default_factory=list)
-    ahead: list[int] = dataclasses.field(default_factory=list)  # still to be sampled; [] if stopped
-    sampled: list[int] = dataclasses.field(default_factory=list)
-
-
-class ScriptedEngine:
-    """Decodes all active rows in step until `patience` of them have stopped, and holds the runtime to the contract."""
-
-    def __init__(self, script: Script, rows: int, devices: int = 1, context: int = 200, patience: int = 1) -> None:
-        self.script, self.rows, self.devices, self.context, self.patience = script, rows, devices, context, patience
-        self.reset()
-
-    def reset(self) -> None:
-        self.table = [Row() for _ in range(self.rows)]
-        self.calls: dict[tuple[tuple[int, int], int], tuple[str, str]] = {}  # (key, drawn) -> context, sampled
-        self.fills: list[Fill] = []
-        self.steps = 0
-        self.shuffle = random.Random(0)
-
-    def prefill(self, fills: list[Fill]) -> None:
-        assert len({fill.row for fill in fills}) == len(fills)
-        for fill in fills:
-            row = self.table[fill.row]
-            assert not row.ahead, "the row is decoding"
-            assert 0 <= fill.keep <= len(row.ids), "keeps more than the row holds"
-            assert fill.keep == 0 or row.owner == fill.key, "keeps ids of another thread"
-            assert fill.ids and fill.limit >= 1 and fill.keep + len(fill.ids) + fill.limit <= self.context
-            row.owner, row.ids = fill.key, row.ids[: fill.keep] + fill.ids
-            stop = re.match("[^.>]*[.>]", told := self.script(text(row.ids), fill))
-            written = (stop.group() if stop else told)[: fill.limit]
-            assert written and (written[-1] in ".>" or len(written) == fill.limit), f"no script for {text(row.ids)!r}"
-            assert (fill.key, fill.drawn) not in self.calls, "the same draws twice"
-            self.calls[fill.key, fill.drawn] = text(row.ids), written
-            row.ahead, row.sampled = ids(written), []
-        self.fills += fills
-
-    def decode(self) -> list[Stopped]:
-        active = {number: row for number, row in enumerate(self.table) if row.ahead}
-        assert active, "nothing to decode"
-        stopped: list[int] = []
-        while len(stopped) < min(self.patience, len(active)):
-            going = [row for row in active.values() if row.ahead]
-            count = min(len(row.ahead) for row in going)
-            self.steps += count
-            for row in going:
-                row.sampled, row.ahead = row.sampled + row.ahead[:count], row.ahead[count:]
-            stopped = [number for number, row in active.items() if not row.ahead]
-        self.shuffle.shuffle(stopped)
-        for row in (self.table[number] for number in stopped):
-            row.ids = row.ids + row.sampled
-        return [
-            Stopped(number, self.table[number].sampled, logprobs(self.table[number].sampled), [0.0])
-            for number in stopped
-        ]
-
-
-def logprobs(of: Sequence[int]) -> list[float]:
-    return [-float(id_) for id_ in of]
+    def start(self, requests: Sequence[Request], seed: Sequence[int]) -> Run:
+        self.last = super().start(requests, seed)
+        return self.last
 
 
 def by_context(told: dict[str, str]) -> Script:
@@ -152,9 +48,9 @@ def start(
     rows: int = 8,
     watch: Callable[[Thread], None] | None = None,
     **engine: int,
-) -> tuple[ScriptedEngine, Runtime, list[Request]]:
+) -> tuple[ScriptedEngine, Watched, list[Request]]:
     scripted = ScriptedEngine(by_context(told) if isinstance(told, dict) else told, rows, **engine)
-    return scripted, Runtime(scripted, Toy(), limits, watch), [Request(problem) for problem in problems or ("p:",)]
+    return scripted, Watched(scripted, Toy(), limits, watch), [Request(problem) for problem in problems or ("p:",)]
 
 
 def solo(told: dict[str, str] | Script, **options: object) -> Thread:
@@ -165,7 +61,7 @@ def solo(told: dict[str, str] | Script, **options: object) -> Thread:
     return rollouts[0].root
 
 
-def check(rollouts: list[Rollout], requests: list[Request], engine: ScriptedEngine, runtime: Runtime) -> None:
+def check(rollouts: list[Rollout], requests: list[Request], engine: ScriptedEngine, runtime: Watched) -> None:
     """Every request is answered in order; what the engine held and sampled is what the record says; no row is leaked."""
     assert [(rollout.problem, rollout.index) for rollout in rollouts] == [(r.problem, r.index) for r in requests]
     expected = {}
@@ -181,7 +77,8 @@ def check(rollouts: list[Rollout], requests: list[Request], engine: ScriptedEngi
                 assert call.logprobs == logprobs(call.sampled)
             assert text(thread.ids()) == memory
     assert expected == engine.calls
-    assert runtime._rows == [None] * engine.rows and not runtime._waiting and not runtime._ready
+    run = runtime.last
+    assert run.rows == [None] * engine.rows and not run.waiting and not run.ready and not run.active
 
 
 def story(thread: Thread) -> list[tuple[str, str, str]]:
@@ -193,18 +90,18 @@ def story(thread: Thread) -> list[tuple[str, str, str]]:
 
 
 def test_a_thread_that_spawns_nothing() -> None:
-    assert story(solo({"p:": "abc."})) == [("p:", "abc.", pr.END)]
+    assert story(solo({"p:": "abc."})) == [("p:", "abc.", records.END)]
 
 
 def test_a_parent_is_rewound_to_before_its_spawn_and_extended_by_the_join() -> None:
     told = {"p:": "ab<c|d>", "c:": "1.", "d:": "22.", "p:ab[1,22]": "e."}
     engine, runtime, requests = start(told)
     root = runtime.run(requests, SEED)[0].root
-    assert story(root) == [("p:", "ab<c|d>", pr.SPAWN), ("[1,22]", "e.", pr.END)]
+    assert story(root) == [("p:", "ab<c|d>", records.SPAWN), ("[1,22]", "e.", records.END)]
     assert [call.keep for call in root.calls] == [0, len("p:ab")]
     assert text(root.ids()) == "p:ab[1,22]e."
     assert [[(child.path, story(child)) for child in spawn] for spawn in root.spawns] == [
-        [((0, 0), [("c:", "1.", pr.END)]), ((0, 1), [("d:", "22.", pr.END)])]
+        [((0, 0), [("c:", "1.", records.END)]), ((0, 1), [("d:", "22.", records.END)])]
     ]
     first, *_, last = engine.fills  # the parent kept its row and its cache: only the join block is new to it
     assert (last.row, last.keep, text(last.ids), last.drawn) == (first.row, len("p:ab"), "[1,22]", len("ab<c|d>"))
@@ -224,7 +121,7 @@ def test_identical_children_are_different_threads_and_keep_their_order() -> None
     results = iter(("1.", "2."))
     script: Script = lambda context, _: next(results) if context == "a:" else {"p:": "<a|a>", "p:[1,2]": "x."}[context]
     root = solo(script)
-    assert [story(child) for child in root.spawns[0]] == [[("a:", "1.", pr.END)], [("a:", "2.", pr.END)]]
+    assert [story(child) for child in root.spawns[0]] == [[("a:", "1.", records.END)], [("a:", "2.", records.END)]]
     assert text(root.ids()) == "p:[1,2]x."
 
 
@@ -237,8 +134,8 @@ def test_joins_are_in_order_of_spawn_whichever_child_ends_first() -> None:
 def test_a_child_that_is_cut_has_failed_and_the_others_count() -> None:
     told = {"p:": "<a|b>", "a:": "x" * 200, "b:": "2.", "p:[!,2]": "y."}
     root = solo(told, limits=dataclasses.replace(LIMITS, thread_tokens=9))
-    assert [child.stop for child in root.spawns[0]] == [pr.THREAD_TOKENS, pr.END]
-    assert root.stop == pr.END
+    assert [child.stop for child in root.spawns[0]] == [records.THREAD_TOKENS, records.END]
+    assert root.stop == records.END
 
 
 def test_a_child_sees_its_prompt_only() -> None:
@@ -254,9 +151,9 @@ def test_a_child_sees_its_prompt_only() -> None:
 )
 def test_a_malformed_spawn_ends_the_thread_and_says_why(block: str, detail: str) -> None:
     root = solo({"p:": block})
-    assert (root.stop, root.detail, root.spawns) == (pr.MALFORMED, detail, [])
+    assert (root.stop, root.detail, root.spawns) == (records.MALFORMED, detail, [])
     child = solo({"p:": "<a>", "a:": block, "p:[!]": "."}, limits=dataclasses.replace(LIMITS, depth=2)).spawns[0][0]
-    assert (child.stop, child.detail) == (pr.MALFORMED, detail)
+    assert (child.stop, child.detail) == (records.MALFORMED, detail)
 
 
 # ------------------------------------------------------------------- bounds
@@ -269,12 +166,12 @@ def nested(result_of_c: str) -> dict[str, str]:
 
 def test_a_spawn_inside_a_child_ends_it_at_depth_1() -> None:
     root = solo(nested("!"))
-    assert [child.stop for child in root.spawns[0]] == [pr.DEPTH, pr.END]
+    assert [child.stop for child in root.spawns[0]] == [records.DEPTH, records.END]
     assert text(root.spawns[0][0].calls[-1].sampled) == "1<e|f>"
 
 
 def test_depth_0_forbids_spawning() -> None:
-    assert solo({"p:": "<a>"}, limits=dataclasses.replace(LIMITS, depth=0)).stop == pr.DEPTH
+    assert solo({"p:": "<a>"}, limits=dataclasses.replace(LIMITS, depth=0)).stop == records.DEPTH
 
 
 def test_metrics_of_a_nested_tree_worked_out_by_hand() -> None:
@@ -283,7 +180,7 @@ def test_metrics_of_a_nested_tree_worked_out_by_hand() -> None:
     (rollout,) = runtime.run(requests, SEED)
     check([rollout], requests, engine, runtime)
     assert [thread.path for thread in rollout.threads()] == [(), (0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 1)]
-    measured = pr.metrics(rollout)
+    measured = records.metrics(rollout)
     assert measured.pop("milliseconds") >= 0
     assert measured == {
         "total_tokens": 7 + 2 + 6 + 2 + 3 + 4 + 9,
@@ -301,7 +198,7 @@ def test_metrics_of_a_nested_tree_worked_out_by_hand() -> None:
 def test_metrics_say_what_was_cut_or_malformed_anywhere_in_the_tree() -> None:
     told = {"p:": "<7>", "q:": "abcdef", "r:": "<a>", "a:": "xyzxyz", "r:[!]": "."}
     engine, runtime, requests = start(told, "p:", "q:", "r:", limits=dataclasses.replace(LIMITS, thread_tokens=4))
-    malformed, cut, child_cut = map(pr.metrics, runtime.run(requests, SEED))
+    malformed, cut, child_cut = map(records.metrics, runtime.run(requests, SEED))
     assert (malformed["malformed"], malformed["truncated"], malformed["width"], malformed["depth"]) == (1.0, 0.0, 0, 0)
     assert (cut["malformed"], cut["truncated"], cut["longest_context"]) == (0.0, 1.0, len("q:abcd"))
     assert (child_cut["truncated"], child_cut["children"], child_cut["sequential_tokens"]) == (1.0, 1, 3 + 4 + 1)
@@ -310,65 +207,65 @@ def test_metrics_say_what_was_cut_or_malformed_anywhere_in_the_tree() -> None:
 def test_spawns_and_children_are_bounded() -> None:
     told = {"p:": "<a|b>", "a:": "1.", "b:": "2.", "p:[1,2]": "<a>"}
     root = solo(told, limits=dataclasses.replace(LIMITS, spawns=1))
-    assert root.stop == pr.SPAWNS and len(root.spawns) == 1 and text(root.ids()) == "p:[1,2]<a>"
+    assert root.stop == records.SPAWNS and len(root.spawns) == 1 and text(root.ids()) == "p:[1,2]<a>"
     root = solo(told, limits=dataclasses.replace(LIMITS, children=1))
-    assert root.stop == pr.CHILDREN and root.spawns == []
-    assert solo({**told, "p:[1,2]": "."}, limits=dataclasses.replace(LIMITS, children=2, spawns=1)).stop == pr.END
+    assert root.stop == records.CHILDREN and root.spawns == []
+    assert solo({**told, "p:[1,2]": "."}, limits=dataclasses.replace(LIMITS, children=2, spawns=1)).stop == records.END
 
 
 def test_a_root_that_is_cut_is_made_to_answer_once() -> None:
     limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4)
     root = solo({"p:": "abcdefgh", "p:abcde=": "xy."}, limits=limits)
-    assert story(root) == [("p:", "abcde", pr.THREAD_TOKENS), ("=", "xy.", pr.END)]
+    assert story(root) == [("p:", "abcde", records.THREAD_TOKENS), ("=", "xy.", records.END)]
     assert text(root.ids()) == "p:abcde=xy."
     root = solo({"p:": "abcdefgh", "p:abcde=": "stuvwxyz"}, limits=limits)
-    assert story(root) == [("p:", "abcde", pr.THREAD_TOKENS), ("=", "stuv", pr.THREAD_TOKENS)]
-    assert solo({"p:": "abcd."}, limits=limits).stop == pr.END  # nothing is cut
+    assert story(root) == [("p:", "abcde", records.THREAD_TOKENS), ("=", "stuv", records.THREAD_TOKENS)]
+    assert solo({"p:": "abcd."}, limits=limits).stop == records.END  # nothing is cut
     assert len(solo({"p:": "a" * 50}, limits=limits, context=7).calls) == 1  # no room for an answer
 
 
 def test_a_child_that_is_cut_is_not_made_to_answer() -> None:
     limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4, extensions=3)
     root = solo({"p:": "k<a>", "a:": "bcdefg", "p:k[!]": "."}, limits=limits)
-    assert story(root.spawns[0][0]) == [("a:", "bcdef", pr.THREAD_TOKENS)]
+    assert story(root.spawns[0][0]) == [("a:", "bcdef", records.THREAD_TOKENS)]
 
 
 def test_a_root_that_gives_up_is_sent_on_so_many_times() -> None:
     told = {"p:": "ab.", "p:ab+": "c<d>", "d:": "1.", "p:ab+c[1]": "e.", "p:ab+c[1]e+": "f."}
     root = solo(told, limits=dataclasses.replace(LIMITS, extensions=2))
     assert story(root) == [
-        ("p:", "ab.", pr.END), ("+", "c<d>", pr.SPAWN), ("[1]", "e.", pr.END), ("+", "f.", pr.END)
+        ("p:", "ab.", records.END), ("+", "c<d>", records.SPAWN), ("[1]", "e.", records.END), ("+", "f.", records.END)
     ]  # fmt: skip
     assert text(root.ids()) == "p:ab+c[1]e+f."  # the end is taken back
-    assert pr.sequential_tokens(root) == len("ab.c<d>e.f.") + len("1.")
-    assert [call.stop for call in solo(told, limits=dataclasses.replace(LIMITS, extensions=1)).calls][-1:] == [pr.END]
-    assert story(solo({"p:": "ak."}, limits=dataclasses.replace(LIMITS, extensions=2))) == [("p:", "ak.", pr.END)]
-    assert story(solo(told)) == [("p:", "ab.", pr.END)]
+    assert records.sequential_tokens(root) == len("ab.c<d>e.f.") + len("1.")
+    assert [call.stop for call in solo(told, limits=dataclasses.replace(LIMITS, extensions=1)).calls][-1:] == [records.END]
+    assert story(solo({"p:": "ak."}, limits=dataclasses.replace(LIMITS, extensions=2))) == [("p:", "ak.", records.END)]
+    assert story(solo(told)) == [("p:", "ab.", records.END)]
 
 
 def test_a_root_sent_on_without_a_token_left_answers_from_what_it_was_sent_on_with() -> None:
     limits = dataclasses.replace(LIMITS, thread_tokens=3, answer_tokens=2, extensions=1)
     root = solo({"p:": "ab.", "p:ab+=": "k."}, limits=limits)
-    assert story(root) == [("p:", "ab.", pr.END), ("+", "", pr.THREAD_TOKENS), ("=", "k.", pr.END)]
+    assert story(root) == [("p:", "ab.", records.END), ("+", "", records.THREAD_TOKENS), ("=", "k.", records.END)]
 
 
 def test_the_context_runs_out_in_a_parent() -> None:
-    assert story(solo({"p:": "x" * 50}, context=10)) == [("p:", "x" * 8, pr.CONTEXT)]
+    assert story(solo({"p:": "x" * 50}, context=10)) == [("p:", "x" * 8, records.CONTEXT)]
 
 
 def test_the_context_runs_out_in_a_child() -> None:
     root = solo({"p:": "<a>", "a:": "x" * 50, "p:[!]": "."}, context=10)
-    assert [story(child) for child in root.spawns[0]] == [[("a:", "x" * 8, pr.CONTEXT)]]
-    assert root.stop == pr.END
+    assert [story(child) for child in root.spawns[0]] == [[("a:", "x" * 8, records.CONTEXT)]]
+    assert root.stop == records.END
 
 
 def test_a_child_whose_prompt_fills_the_context_never_starts() -> None:
     told = {"p:": "<A|b>", "b:": "2.", "p:[!,2]": "."}
     root = solo(told, context=20)  # "A" has a prompt of 20 ids
-    assert story(root.spawns[0][0]) == [("A" * 19 + ":", "", pr.CONTEXT)]
-    assert root.stop == pr.END
+    assert story(root.spawns[0][0]) == [("A" * 19 + ":", "", records.CONTEXT)]
+    assert root.stop == records.END
     told["A" * 19 + ":"] = "xx"
-    assert story(solo(told, context=21).spawns[0][0])[0][1:] == ("x", pr.CONTEXT)
+    assert story(solo(told, context=21).spawns[0][0])[0][1:] == ("x", records.CONTEXT)
     engine, runtime, requests = start({"p:": "<A|B>", "p:[!,!]": "."}, context=20, rows=1)
     check(runtime.run(requests, SEED), requests, engine, runtime)
     assert runtime.evictions == 0  # no child ever takes a row
@@ -376,22 +273,22 @@ def test_a_child_whose_prompt_fills_the_context_never_starts() -> None:
 
 def test_the_context_runs_out_at_the_join() -> None:
     told = {"p:": "x<a>", "a:": "1234567.", "p:x[1234567]": "yz"}
-    assert story(solo(told, context=12))[1] == ("[1234567]", "", pr.CONTEXT)  # 3 + 9 ids
-    assert story(solo(told, context=13))[1] == ("[1234567]", "y", pr.CONTEXT)
+    assert story(solo(told, context=12))[1] == ("[1234567]", "", records.CONTEXT)  # 3 + 9 ids
+    assert story(solo(told, context=13))[1] == ("[1234567]", "y", records.CONTEXT)
 
 
 def test_thread_tokens_count_all_calls_of_a_thread_and_not_its_children() -> None:
     told = {"p:": "<a>", "a:": "1234567", "p:[!]": "xxxxxxx"}
     root = solo(told, limits=dataclasses.replace(LIMITS, thread_tokens=5))
-    assert story(root.spawns[0][0]) == [("a:", "12345", pr.THREAD_TOKENS)]
-    assert story(root)[1] == ("[!]", "xx", pr.THREAD_TOKENS)
+    assert story(root.spawns[0][0]) == [("a:", "12345", records.THREAD_TOKENS)]
+    assert story(root)[1] == ("[!]", "xx", records.THREAD_TOKENS)
     exact = solo({"p:": "abcd."}, limits=dataclasses.replace(LIMITS, thread_tokens=5))
-    assert exact.stop == pr.END  # ending on the last id allowed is ending
+    assert exact.stop == records.END  # ending on the last id allowed is ending
 
 
 def test_a_thread_that_used_up_its_tokens_before_a_join_ends_there() -> None:
     root = solo({"p:": "<a>", "a:": "1."}, limits=dataclasses.replace(LIMITS, thread_tokens=3))
-    assert story(root) == [("p:", "<a>", pr.SPAWN), ("[1]", "", pr.THREAD_TOKENS)]
+    assert story(root) == [("p:", "<a>", records.SPAWN), ("[1]", "", records.THREAD_TOKENS)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -400,12 +297,12 @@ def test_children_share_what_is_left_of_the_rollouts_tokens_equally(rows: int) -
     told = {"p:": "<a|b|c>", "a:": "x" * 50, "b:": "1.", "c:": "y" * 50, "p:[!,1,!]": "z" * 50}
     root = solo(told, limits=dataclasses.replace(LIMITS, rollout_tokens=24), rows=rows)
     assert [story(child)[0][1:] for child in root.spawns[0]] == [
-        ("x" * 5, pr.ROLLOUT_TOKENS),
-        ("1.", pr.END),
-        ("y" * 5, pr.ROLLOUT_TOKENS),
+        ("x" * 5, records.ROLLOUT_TOKENS),
+        ("1.", records.END),
+        ("y" * 5, records.ROLLOUT_TOKENS),
     ]
-    assert story(root)[1] == ("[!,1,!]", "z" * 5, pr.ROLLOUT_TOKENS)
-    assert pr.total_tokens(root) == 24
+    assert story(root)[1] == ("[!,1,!]", "z" * 5, records.ROLLOUT_TOKENS)
+    assert records.total_tokens(root) == 24
 
 
 def test_grandchildren_share_their_parents_part() -> None:
@@ -413,17 +310,17 @@ def test_grandchildren_share_their_parents_part() -> None:
     told = {"p:": "<a|b>", "a:": "<c>", "b:": ".", "c:": "x" * 50, "p:[!,]": "."}
     limits = dataclasses.replace(LIMITS, rollout_tokens=30, depth=2)
     child = solo(told, limits=limits).spawns[0][0]
-    assert story(child.spawns[0][0]) == [("c:", "x" * 9, pr.ROLLOUT_TOKENS)]
-    assert story(child)[1] == ("[!]", "", pr.ROLLOUT_TOKENS)
+    assert story(child.spawns[0][0]) == [("c:", "x" * 9, records.ROLLOUT_TOKENS)]
+    assert story(child)[1] == ("[!]", "", records.ROLLOUT_TOKENS)
 
 
 def test_children_for_whom_nothing_is_left_never_start() -> None:
     root = solo({"p:": "<a|b>", "p:[!,!]": "xxx"}, limits=dataclasses.replace(LIMITS, rollout_tokens=6))
     assert [story(child) for child in root.spawns[0]] == [
-        [("a:", "", pr.ROLLOUT_TOKENS)],
-        [("b:", "", pr.ROLLOUT_TOKENS)],
+        [("a:", "", records.ROLLOUT_TOKENS)],
+        [("b:", "", records.ROLLOUT_TOKENS)],
     ]
-    assert story(root)[1] == ("[!,!]", "x", pr.ROLLOUT_TOKENS)
+    assert story(root)[1] == ("[!,!]", "x", records.ROLLOUT_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +328,7 @@ def test_children_for_whom_nothing_is_left_never_start() -> None:
 )
 def test_limits_are_validated(field: str, least: int) -> None:
     dataclasses.replace(LIMITS, **{field: least})
-    with pytest.raises(ValueError, match=f"limit {field}={least - 1} must be at least {least}"):
+    with pytest.raises(ValueError, match=f"limits.{field}={least - 1} must be at least {least}"):
         dataclasses.replace(LIMITS, **{field: least - 1})
 
 
@@ -439,7 +336,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error_with_the_remedy() -> None:
     engine, runtime, requests = start({"p:": "x", "long:": "x"}, "p:", "long:", context=5)
     with pytest.raises(ValueError, match="prompt of long: has 5 ids and the context 5.*longer context"):
         runtime.run(requests, SEED)
-    assert story(solo({"p:": "x"}, context=3)) == [("p:", "x", pr.CONTEXT)]
+    assert story(solo({"p:": "x"}, context=3)) == [("p:", "x", records.CONTEXT)]
 
 
 # ------------------------------------------------------------------- scheduling
@@ -633,7 +530,7 @@ def test_one_row_does_one_problem_after_the_other() -> None:
     assert order == sorted(order)  # children and joins come before new problems
     spawned = sum(len(thread.spawns) for rollout in rollouts for thread in rollout.threads())
     assert runtime.evictions == spawned  # every parent that waits must give the only row to a child
-    assert engine.steps == sum(pr.total_tokens(rollout.root) for rollout in rollouts)
+    assert engine.steps == sum(records.total_tokens(rollout.root) for rollout in rollouts)
 
 
 def test_a_waiting_parent_keeps_its_row_as_long_as_there_are_rows() -> None:
@@ -641,7 +538,7 @@ def test_a_waiting_parent_keeps_its_row_as_long_as_there_are_rows() -> None:
     assert runtime.evictions == 0
     joins = [fill for fill in engine.fills if fill.drawn]
     assert joins and all(fill.keep > 0 for fill in joins)
-    assert engine.steps == max(pr.sequential_tokens(rollout.root) for rollout in rollouts)
+    assert engine.steps == max(records.sequential_tokens(rollout.root) for rollout in rollouts)
 
 
 def test_the_parent_that_began_to_wait_last_gives_up_its_row() -> None:
@@ -681,33 +578,10 @@ def test_watch_is_called_with_the_thread_whenever_a_call_of_it_has_stopped() -> 
 def test_watch_is_called_for_calls_that_found_no_room_too() -> None:
     seen: list[tuple[tuple[int, ...], str]] = []
     solo({"p:": "<A>", "p:[!]": "."}, context=20, watch=lambda thread: seen.append((thread.path, thread.stop)))
-    assert ((0, 0), pr.CONTEXT) in seen
+    assert ((0, 0), records.CONTEXT) in seen
 
 
 # ------------------------------------------------------------------- a second task
-
-
-class Products:
-    """12*34= asks children for 12*4 and 12*30, and adds what they say."""
-
-    end_id, spawn_id = ord("."), ord(">")
-
-    def prompt(self, problem: tuple[int, int]) -> list[int]:
-        return ids(f"{problem[0]}*{problem[1]}=")
-
-    def spawn(self, ids_: Sequence[int]) -> Spawn:
-        before, _, block = text(ids_)[:-1].rpartition("<")
-        if not re.fullmatch(r"\d+\*\d+(\|\d+\*\d+)*", block):
-            raise MalformedSpawn(f"no products: {block!r}")
-        return Spawn(len(before), [ids(f"{product}=") for product in block.split("|")])
-
-    def join(self, children: Sequence[Thread]) -> list[int]:
-        return ids("[" + "+".join(answer(child) for child in children) + "]")
-
-    def grade(self, problem: tuple[int, int], root: Thread) -> Grade:
-        found = answer(root)
-        right = found == str(problem[0] * problem[1])
-        return Grade(right, "" if right else f"{found} is not {problem[0]} * {problem[1]}", (found,))
 
 
 def calculate(context: str, _: Fill) -> str:
@@ -724,7 +598,7 @@ def calculate(context: str, _: Fill) -> str:
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_a_new_task_is_a_new_protocol_object_and_nothing_else(rows: int) -> None:
     engine = ScriptedEngine(calculate, rows)
-    runtime = Runtime(engine, Products(), LIMITS)
+    runtime = Watched(engine, Products(), LIMITS)
     problems = [(12, 34), (7, 7), (999, 1203), (5, 20), (0, 11)]
     requests = [Request(problem) for problem in problems]
     rollouts = runtime.run(requests, SEED)
@@ -733,4 +607,4 @@ def test_a_new_task_is_a_new_protocol_object_and_nothing_else(rows: int) -> None
     assert [rollout.grade.correct for rollout in rollouts] == [True, False, True, True, True]
     assert rollouts[1].grade.reason == "48 is not 7 * 7"
     assert text(rollouts[2].root.ids()) == "999*1203=[2997+199800+999000]1201797."
-    assert [pr.metrics(rollout)["children"] for rollout in rollouts] == [2, 0, 3, 0, 2]
+    assert [records.metrics(rollout)["children"] for rollout in rollouts] == [2, 0, 3, 0, 2]

@@ -15,9 +15,12 @@ import random
 
 import pytest
 
-import parallel_runtime as pr
-from parallel_runtime import Fill, Limits, Request, Rollout, Runtime, Thread
-from tests.parallel_runtime_test import Script, ScriptedEngine, Toy, check, ids, text
+import records
+from examples.threads_without_a_model import Script, ScriptedEngine, Toy, ids, text
+from parallel_runtime import Limits
+from protocols import Fill, Request
+from records import Rollout, Thread
+from tests.parallel_runtime_test import Watched, check
 
 SEED = (7, 3)
 ROLLOUTS = 20  # per run
@@ -64,7 +67,7 @@ def fuzz(number: int, reasons: collections.Counter[str]) -> None:
 
     def rollouts_on(devices: int, rows: int, patience: int) -> list[Rollout]:
         engine = ScriptedEngine(script, rows, devices, context, patience)
-        runtime = Runtime(engine, Toy(), limits)
+        runtime = Watched(engine, Toy(), limits)
         rollouts = runtime.run(requests, SEED)
         check(rollouts, requests, engine, runtime)
         return [dataclasses.replace(rollout, milliseconds=0.0) for rollout in rollouts]
@@ -90,15 +93,15 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
         assert not call.sampled or len(memory) <= context
         if call is thread.calls[-1]:
             break
-        if call.stop == pr.END:
+        if call.stop == records.END:
             extended += 1
             assert memory[-1:] == ids(".") and (thread.calls[number + 1].keep, thread.path) == (len(memory) - 1, ())
             continue
-        if call.stop == pr.THREAD_TOKENS:
+        if call.stop == records.THREAD_TOKENS:
             assert not answering and thread.path == () and sum(len(c.sampled) for c in thread.calls[: number + 1]) == bound
             answering, bound = True, bound + limits.answer_tokens
             continue
-        assert call.stop == pr.SPAWN
+        assert call.stop == records.SPAWN
         spawned, children = next(spawns)
         spawn = Toy().spawn(memory)
         assert [child.calls[0].injected for child in children] == spawn.prompts
@@ -106,33 +109,33 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
         for place, child in enumerate(children):
             assert child.path == (*thread.path, spawned, place)
             verify(child, limits, context, (allowance - spent) // len(children))
-        spent += sum(map(pr.total_tokens, children))
+        spent += sum(map(records.total_tokens, children))
         assert 1 <= len(children) <= limits.children
     assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
     own = sum(len(call.sampled) for call in thread.calls)
-    assert spent == pr.total_tokens(thread) <= allowance and own <= bound and extended <= limits.extensions
-    assert own <= pr.sequential_tokens(thread) <= spent
+    assert spent == records.total_tokens(thread) <= allowance and own <= bound and extended <= limits.extensions
+    assert own <= records.sequential_tokens(thread) <= spent
     last = thread.calls[-1].sampled[-1:]
     asked = last == ids(">")
     assert {
-        pr.END: last == ids(".") and (thread.path or extended == limits.extensions or "k" in text(memory)),
-        pr.CONTEXT: len(memory) >= context,
-        pr.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.answer_tokens),
-        pr.ROLLOUT_TOKENS: spent == allowance,
-        pr.MALFORMED: asked and thread.detail,
-        pr.DEPTH: asked and len(thread.path) // 2 == limits.depth,
-        pr.SPAWNS: asked and len(thread.spawns) == limits.spawns,
-        pr.CHILDREN: asked and text(memory).rpartition("<")[2].count("|") >= limits.children,
+        records.END: last == ids(".") and (thread.path or extended == limits.extensions or "k" in text(memory)),
+        records.CONTEXT: len(memory) >= context,
+        records.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.answer_tokens),
+        records.ROLLOUT_TOKENS: spent == allowance,
+        records.MALFORMED: asked and thread.detail,
+        records.DEPTH: asked and len(thread.path) // 2 == limits.depth,
+        records.SPAWNS: asked and len(thread.spawns) == limits.spawns,
+        records.CHILDREN: asked and text(memory).rpartition("<")[2].count("|") >= limits.children,
     }[thread.stop]
-    assert (last in (ids("."), ids(">"))) == (thread.stop not in (pr.CONTEXT, pr.THREAD_TOKENS, pr.ROLLOUT_TOKENS))
-    assert bool(thread.detail) == (thread.stop == pr.MALFORMED)
+    assert (last in (ids("."), ids(">"))) == (thread.stop not in (records.CONTEXT, records.THREAD_TOKENS, records.ROLLOUT_TOKENS))
+    assert bool(thread.detail) == (thread.stop == records.MALFORMED)
 
 
 def run_many(numbers: range) -> None:
     reasons: collections.Counter[str] = collections.Counter()
     for number in numbers:
         fuzz(number, reasons)
-    assert set(reasons) == set(pr.STOPS) - {pr.SPAWN}, reasons  # the scripts went everywhere
+    assert set(reasons) == set(records.STOPS) - {records.SPAWN}, reasons  # the scripts went everywhere
 
 
 def test_2000_random_rollouts() -> None:

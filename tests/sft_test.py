@@ -14,16 +14,18 @@ import pytest
 from ml_collections import ConfigDict
 
 import packing
-import parallel_runtime
+import records
 import sft
 import solver
 from configs import apr
 from countdown.language import Tokenizer
-from harness.build import Experiment
+from harness import loop
+from harness.build import Parts, build
 from harness.cli import UsageError
+from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
-from parallel_runtime import Call, Rollout
+from records import Call, Rollout
 from train_state import Outputs, init_state
 
 CONTEXT = 384
@@ -99,9 +101,9 @@ def test_eval_json_describes_the_evaluation_and_every_problem_in_order(smoke_run
     assert entry == json.loads(smoke_run.ended.out.splitlines()[-1])
     config = apr.get_config("smoke")
     config.mesh.data = 1  # the same problems whatever the devices
-    expected = Experiment(config).test_set()
-    assert [(result["numbers"], result["target"]) for result in results] == [
-        (list(problem.numbers), problem.target) for problem in expected
+    expected = build(config).test_set()
+    assert [result["problem"] for result in results] == [
+        {"numbers": list(problem.numbers), "target": problem.target} for problem in expected
     ]
     assert entry["correct"] == sum(result["correct"] for result in results)
     for name in ("total_tokens", "sequential_tokens", "children", "truncated"):
@@ -124,7 +126,7 @@ def test_the_loss_is_the_weighted_negative_log_likelihood():
 def test_the_mean_over_a_batch_is_over_sampled_ids_whatever_the_rows():
     """A model that gives every id the log-probability -7 has the loss 7, for 1 row and for 3."""
     for rows in (1, 3):
-        batch = sft.DemonstrationStream(Experiment(tiny_config(train__rows=rows))).next()
+        batch = sft.DemonstrationStream(build(tiny_config(train__rows=rows))).next()
         logp = jnp.full(batch.tokens.shape, -7.0)
         loss, _ = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
         assert float(loss.sum()) == pytest.approx(7.0, rel=1e-5)
@@ -145,10 +147,9 @@ def trained_runs(batch: TokenBatch) -> list[tuple[int, ...]]:
 
 def demonstrated(config: ConfigDict, index: int) -> Rollout:
     """Demonstration `index`, made without the stream."""
-    experiment = Experiment(config)
-    return solver.demonstration(
-        experiment.family, experiment.demonstrator, experiment.task, "train", config.seed, index
-    )
+    experiment = build(config)
+    domain = experiment.domain
+    return solver.demonstration(domain.family, domain.demonstrator, domain.task, "train", config.seed, index)
 
 
 def pieces(rollout: Rollout, length: int) -> list[list[Call]]:
@@ -165,7 +166,7 @@ def calls_until(config: ConfigDict, cursor: dict) -> collections.Counter:
     counted: collections.Counter = collections.Counter()
     for index in range(cursor["drawn"]):
         rollout = demonstrated(config, index)
-        if parallel_runtime.longest_context(rollout.root) > config.model.context:
+        if records.longest_context(rollout.root) > config.model.context:
             if config.train.overlong == "drop":
                 continue
             for thread in rollout.threads():
@@ -179,7 +180,7 @@ def calls_until(config: ConfigDict, cursor: dict) -> collections.Counter:
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
     config = tiny_config(train__overlong=overlong)
-    stream = sft.DemonstrationStream(Experiment(config))
+    stream = sft.DemonstrationStream(build(config))
     seen: collections.Counter = collections.Counter()
     for _ in range(12):
         seen.update(trained_runs(stream.next()))
@@ -192,14 +193,14 @@ def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
 def test_some_demonstrations_here_spawn_join_and_overrun():
     """What the tests of this file see is worth testing."""
     rollouts = [demonstrated(tiny_config(), index) for index in range(60)]
-    fitting = [r for r in rollouts if parallel_runtime.longest_context(r.root) <= CONTEXT]
+    fitting = [r for r in rollouts if records.longest_context(r.root) <= CONTEXT]
     assert 0 < len(fitting) < len(rollouts)
     assert any(len(rollout.root.spawns) > 1 for rollout in fitting)
     assert any(len(calls) < len(r.root.calls) for r in fitting for calls in pieces(r, CONTEXT)[:1])
 
 
 def test_the_weights_of_every_batch_sum_to_one():
-    stream = sft.DemonstrationStream(Experiment(tiny_config()))
+    stream = sft.DemonstrationStream(build(tiny_config()))
     for _ in range(5):
         batch = stream.next()
         assert batch.weight.sum(dtype=np.float64) == pytest.approx(1, abs=1e-5)
@@ -207,9 +208,9 @@ def test_the_weights_of_every_batch_sum_to_one():
 
 
 def test_dropped_and_cut_demonstrations_are_counted():
-    lengths = [parallel_runtime.longest_context(demonstrated(tiny_config(), i).root) for i in range(200)]
+    lengths = [records.longest_context(demonstrated(tiny_config(), i).root) for i in range(200)]
     for overlong in ("drop", "cut"):
-        stream = sft.DemonstrationStream(Experiment(tiny_config(train__overlong=overlong)))
+        stream = sft.DemonstrationStream(build(tiny_config(train__overlong=overlong)))
         for _ in range(4):
             stream.next()
         assert stream.overlong == sum(length > CONTEXT for length in lengths[: stream.drawn]) > 0
@@ -217,7 +218,7 @@ def test_dropped_and_cut_demonstrations_are_counted():
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_a_cursor_is_all_it_takes_to_go_on(overlong):
-    experiment = Experiment(tiny_config(train__overlong=overlong))
+    experiment = build(tiny_config(train__overlong=overlong))
     stream = sft.DemonstrationStream(experiment)
     batches, cursors = [], []
     for _ in range(8):
@@ -234,13 +235,13 @@ def test_a_cursor_is_all_it_takes_to_go_on(overlong):
 
 
 def test_other_seeds_give_other_demonstrations():
-    first, second = (sft.DemonstrationStream(Experiment(tiny_config(seed=seed))).next() for seed in (0, 1))
+    first, second = (sft.DemonstrationStream(build(tiny_config(seed=seed))).next() for seed in (0, 1))
     assert (first.tokens != second.tokens).any()
 
 
 def test_an_unknown_way_with_overlong_demonstrations_is_refused():
-    with pytest.raises(ValueError, match=r"train\.overlong must be 'drop' or 'cut', not 'squeeze'"):
-        sft.DemonstrationStream(Experiment(tiny_config(train__overlong="squeeze")))
+    with pytest.raises(ValueError, match=r"train\.overlong='squeeze' must be one of drop, cut"):
+        sft.DemonstrationStream(build(tiny_config(train__overlong="squeeze")))
 
 
 # ------------------------------------------------------------------- resume
@@ -261,31 +262,31 @@ KILLS: dict[str, tuple[type, str, int]] = {  # the method that dies, and at whic
 }
 
 
-def train_until_killed(experiment: Experiment, workdir: Workdir, owner: type, name: str, call: int) -> None:
+def train_until_killed(experiment: Parts, workdir: Workdir, owner: type, name: str, call: int) -> None:
     """Trains until call number `call` of a method, which dies instead."""
     original, calls = getattr(owner, name), itertools.count(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, lambda *given: killed() if next(calls) == call else original(*given))
         with pytest.raises(Killed):
-            sft.train(experiment, workdir)
+            sft.train(RolloutPool(experiment), workdir)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, compilation_cache) -> dict[str, pathlib.Path]:
     """An uninterrupted run of 9 steps, and others killed here and there and resumed; checkpoints at 4, 8 and 9."""
     root, config = tmp_path_factory.mktemp("resume"), tiny_config()
-    first, second = Experiment(config), Experiment(config)  # two processes
-    sft.train(first, Workdir(root / "whole", config))
+    first, second = build(config), build(config)  # two processes
+    sft.train(RolloutPool(first), Workdir(root / "whole", config))
     for name, kill in KILLS.items():
         train_until_killed(first, Workdir(root / name, config), *kill)
-        sft.train(second, Workdir(root / name, config))
+        sft.train(RolloutPool(second), Workdir(root / name, config))
     return {path.name: path for path in root.iterdir()}
 
 
 def final(path: pathlib.Path) -> tuple:
     """The last state of a run and what is saved with it."""
-    experiment = Experiment(tiny_config())
-    like = init_state(experiment.model, experiment.optimizer(), experiment.mesh, jax.random.key(1))
+    experiment = build(tiny_config())
+    like = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
     restored = Workdir(path, tiny_config()).restore(like)
     assert restored is not None
     return restored
@@ -315,7 +316,7 @@ def test_a_killed_run_resumes_to_the_same_log(runs, name):
 
 @KILLED
 def test_a_killed_run_keeps_the_same_best_parameters(runs, name):
-    shapes = Experiment(tiny_config()).param_shapes()
+    shapes = build(tiny_config()).param_shapes()
     (params, result), (expected, expected_result) = load_best(runs[name], shapes), load_best(runs["whole"], shapes)
     assert result == expected_result
     jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -324,7 +325,7 @@ def test_a_killed_run_keeps_the_same_best_parameters(runs, name):
 def test_a_finished_run_is_not_trained_on(runs, monkeypatch):
     monkeypatch.setattr(sft.DemonstrationStream, "next", killed)
     before = (runs["whole"] / "metrics.jsonl").read_text()
-    sft.train(Experiment(tiny_config()), Workdir(runs["whole"], tiny_config()))
+    sft.train(RolloutPool(build(tiny_config())), Workdir(runs["whole"], tiny_config()))
     assert (runs["whole"] / "metrics.jsonl").read_text() == before
 
 
@@ -332,9 +333,9 @@ def test_training_stops_at_the_first_loss_that_is_no_number(tmp_path, monkeypatc
     """Nothing of it reaches a checkpoint, not even between two lines of the log."""
     config = tiny_config(train__log_every=8, optimizer__warmup_steps=0)
     monkeypatch.setattr(sft, "sft_loss", lambda out, batch: (batch.weight * jnp.nan, {}))
-    monkeypatch.setattr(sft, "_validate", lambda *_: None)
+    monkeypatch.setattr(loop, "_checkpoint", lambda *_: pytest.fail("saved"))
     with pytest.raises(UsageError, match=r"nan at step \d.*learning_rate"):
-        sft.train(Experiment(config), Workdir(tmp_path / "run", config))
+        sft.train(RolloutPool(build(config)), Workdir(tmp_path / "run", config))
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
@@ -346,7 +347,7 @@ def test_a_run_can_start_from_the_parameters_of_another(smoke_run, tmp_path, com
         path = tmp_path / str(close)
         ended = command(sft, "--config=configs/apr.py:smoke", f"--config.init={init}", f"--workdir={path}", *arguments)
         assert ended.status == 0, ended.err
-        shapes = Experiment(ConfigDict(read_config(path))).param_shapes()
+        shapes = build(ConfigDict(read_config(path))).param_shapes()
         pairs = zip(*(jax.tree.leaves(load_best(run, shapes)[0]) for run in (smoke_run.path, path)), strict=True)
         assert all(np.allclose(before, after, atol=1e-6) for before, after in pairs) == close
 

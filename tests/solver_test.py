@@ -18,7 +18,8 @@ from countdown import search
 from countdown.grader import Problem, grade_path, grade_steps
 from countdown.language import GOAL, Tokenizer, parse, render
 from countdown.task import Countdown
-from parallel_runtime import CONTEXT, END, SPAWN, Call, MalformedSpawn, Thread
+from protocols import MalformedSpawn
+from records import CONTEXT, END, SPAWN, Call, Thread
 from solver import DemonstratorConfig, ProblemRange, demonstrate, problem
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -22,8 +22,8 @@ import pytest
 from jax import Array
 
 from model import Decoder, ModelConfig, param_spec
-from packing import Segment, TokenBatch, lay_out, segments, splice
-from parallel_runtime import Call, Thread, longest_context
+from packing import Segment, TokenBatch, lay_out, places, segments, splice, split
+from records import Call, Thread, longest_context
 from tests.packing_test import random_thread
 from train_state import (
     OptimizerConfig,
@@ -36,12 +36,10 @@ from train_state import (
     make_score,
     make_train_step,
     outputs,
-    split,
-    stack,
     start_state,
 )
 
-MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, temperature=1.0, dtype="float32"))
+MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, dtype="float32"))
 CONFIG = OptimizerConfig(
     matrices="adam",
     learning_rate=0.1,
@@ -96,12 +94,20 @@ def pack(pieces: Sequence[Segment], rows: int = ROWS) -> list[TokenBatch]:
     """Batches of the pieces in the order given, weighted token by token."""
     waiting, batches = list(pieces), []
     while waiting:
-        batch, where = lay_out(first_fit(waiting, rows), LENGTH)
-        for row, span, segment in where:
+        taken = first_fit(waiting, rows)
+        batch = lay_out(taken, LENGTH)
+        for row, span, segment in places(taken):
             batch.weight[row, span] *= [weight_of(id_) for id_ in segment.tokens]
             batch.advantage[row, span] = advantage_of(segment.thread)
         batches.append(batch)
     return batches
+
+
+def stack(batches: list[TokenBatch], least: int = 1) -> TokenBatch:
+    """Batches [R, T] as micro-batches [M, R, T], at least so many; the rest are empty."""
+    empty = TokenBatch(*(np.zeros_like(field) for field in batches[0]))
+    fields = zip(*batches, *[empty] * (least - len(batches)), strict=True)
+    return TokenBatch(*map(np.stack, fields))
 
 
 def first_fit(waiting: list[Segment], rows: int, length: int = LENGTH) -> list[list[Segment]]:
@@ -231,23 +237,11 @@ def test_a_micro_batch_of_context_alone_does_not_hide_those_after_it() -> None:
 
 
 def test_a_batch_without_sampled_ids_changes_nothing() -> None:
-    empty, _ = lay_out([[]] * ROWS, LENGTH)
+    empty = lay_out([[]] * ROWS, LENGTH)
     for batch in (stack([empty]), stack([empty], least=2)):
         found, metrics = gradient(batch)
         assert not any(leaf.any() for leaf in jax.tree.leaves(found))
         assert all(value == 0 for value in metrics.values())
-
-
-def test_stack_fills_up_to_a_power_of_two_with_empty_micro_batches() -> None:
-    batches = pack(whole(), 2)[:3]
-    assert len(batches) == 3
-    for least, count in ((1, 4), (4, 4), (8, 8)):
-        stacked = stack(batches, least)
-        assert {field.shape for field in stacked} == {(count, 2, LENGTH)}
-        for name, field in stacked._asdict().items():
-            np.testing.assert_array_equal(field[:3], np.stack([getattr(batch, name) for batch in batches]))
-            assert not field[3:].any() and field.dtype == getattr(batches[0], name).dtype
-    assert stack(batches[:1]).tokens.shape[0] == 1
 
 
 def test_split_is_the_same_rows_in_micro_batches() -> None:
@@ -304,7 +298,7 @@ def test_only_sampled_ids_have_a_gradient() -> None:
 def test_injected_ids_are_context_and_never_targets() -> None:
     def loss(*threads_: Thread) -> float:
         waiting = [splice(thread) for thread in threads_]
-        batch, _ = lay_out(first_fit(waiting, ROWS), LENGTH)
+        batch = lay_out(first_fit(waiting, ROWS), LENGTH)
         assert not waiting
         return float(sft_loss(model_outputs(batch), batch)[0].sum())
 
@@ -446,7 +440,7 @@ def adam_step() -> typing.Any:
 
 
 def fixed_batch() -> TokenBatch:
-    batch, _ = lay_out(first_fit([splice(thread) for thread in threads()], 4, 32), 32)
+    batch = lay_out(first_fit([splice(thread) for thread in threads()], 4, 32), 32)
     assert batch.sampled.sum() > 40
     return stack([batch._replace(weight=batch.weight / batch.sampled.sum())])
 

@@ -1,5 +1,6 @@
 """Figures and tables: what is read and refused, the points of each figure and the numbers of each table by hand."""
 
+import dataclasses
 import json
 import pathlib
 import xml.etree.ElementTree
@@ -8,13 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-import evaluate
-from analysis import charts, figures, tables
-from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line, Log
+from analysis import charts, choose, figures, labels, tables
+from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line
+from analysis.choose import Log
 from configs import apr, sweep
-from harness import stats
-from harness.build import Experiment
+from harness import evaluation, stats
+from harness.build import build
 from harness.cli import UsageError
+from harness.results import Evaluation, Result
 
 LAPTOP = {"count": 3, "low": 1, "high": 20, "target_low": 10, "target_high": 50}
 ASKED = {"sub_calls": -1, "tokens": -1, "children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
@@ -24,35 +26,37 @@ ASKED |= {"rollout_tokens": 65536, "answer_tokens": 0, "extensions": 0}
 def result(correct, tokens=100, sequential=50, children=3, milliseconds=10.0):
     """What eval.json keeps of one rollout."""
     costs = {"total_tokens": tokens, "sequential_tokens": sequential, "longest_context": sequential, "children": children}
-    problem = {"numbers": [1, 2, 3], "target": 6, "sample": 0, "correct": correct, "reason": "", "answer": [], "failure": ""}
-    return problem | costs | {"width": 3, "depth": 1, "truncated": 0.0, "malformed": 0.0, "milliseconds": milliseconds}
+    costs |= {"width": 3, "depth": 1, "truncated": 0.0, "malformed": 0.0, "milliseconds": milliseconds}
+    problem = {"numbers": [1, 2, 3], "target": 6}
+    return Result(problem=problem, sample=0, correct=correct, reason="", answer=[], failure="", **costs)
 
 
 def entry(label="APR", correct=(True, True, True, False), results=None, costs=None, asked=None, threads=None, **fields):
     """An entry of eval.json: of four problems, three solved, if nothing else is said."""
     results = results or [result(bool(right), **(costs or {})) for right in correct]
     samples = fields.get("samples", 1)
-    value, low, high = stats.mean([float(r["correct"]) for r in results])
-    means = {name: sum(r[name] for r in results) / len(results) for name in stats.MEANS}
-    return {
+    value, low, high = stats.mean([float(r.correct) for r in results])
+    means = {name: sum(getattr(r, name) for r in results) / len(results) for name in stats.MEANS}
+    values = {
         "label": label,
+        "task": "countdown",
         "method": "apr",
         "budget": "free",
         "asked": ASKED | (asked or {}),
-        "threads": charts.THREADS | (threads or {}),
+        "threads": choose.THREADS | (threads or {}),
         "temperature": 0.0,
-        "sampling": dict(charts.SAMPLING),
+        "sampling": dict(choose.SAMPLING),
         "context": 512,
         "concurrent": 0,
         "n": len(results) // samples,
         "samples": samples,
-        "correct": sum(r["correct"] for r in results),
+        "correct": sum(r.correct for r in results),
         "accuracy": value,
         "interval": [low, high],
         **means,
         "throughput_ms": 2.5,
-        "pass": {"1": [value, low, high]},
-        "cons": {"1": [value, low, high]},
+        "pass_at": {"1": [value, low, high]},
+        "cons_at": {"1": [value, low, high]},
         "kept": None,
         "failures": {},
         "windows": {"128": [0.1, 0.0, 0.2], "512": [0.5, 0.4, 0.6]},
@@ -65,7 +69,13 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
         "parameters": f"parameters of {label}",
         "problem_set": "0123abcd",
         "results": results,
-    } | fields
+    }
+    return Evaluation(**{**values, **fields})
+
+
+def as_json(value):
+    """An entry as eval.json holds it; anything else as it is."""
+    return evaluation.evaluation_json(value) if isinstance(value, Evaluation) else value
 
 
 def threads_asked(count, label="APR asked", **fields):
@@ -95,7 +105,7 @@ def bare(lines):
 
 def write(folder: pathlib.Path, *entries):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(entries))
+    (folder / "eval.json").write_text(json.dumps([as_json(value) for value in entries]))
     return str(folder)
 
 
@@ -112,57 +122,58 @@ def test_entries_are_what_evaluate_writes(tmp_path):
     """The entries of these tests, and what figures.py asks of one, against a summary of real rollouts."""
     config = apr.get_config("smoke")
     config.mesh.data = 1
-    experiment = Experiment(config)
-    rollouts = [experiment.demonstration("train", 0, index) for index in range(4)]
-    summary = evaluate.summary_of(experiment, {"w": np.zeros(2)}, rollouts, 2, 1.0, "APR", 7)
-    (read,) = charts.read_results([write(tmp_path, summary)])
+    experiment = build(config)
+    rollouts = [experiment.domain.demonstration("train", 0, index) for index in range(4)]
+    config.evaluation.samples, config.sampler.temperature = 2, 1.0
+    summary = evaluation.evaluate(build(config), {"w": np.zeros(2)}, rollouts, 1.0, "APR", 7)
+    (read,) = choose.read_results([write(tmp_path, summary)])
     ours = entry()
-    assert read.keys() == ours.keys() and read["results"][0].keys() == ours["results"][0].keys()
-    assert read["asked"].keys() == ours["asked"].keys() and read["threads"] == charts.THREADS
-    assert read["family"].keys() == charts.PAPER_FAMILY.keys()
+    assert vars(read).keys() == vars(ours).keys() and vars(read.results[0]).keys() == vars(ours.results[0]).keys()
+    assert read.asked.keys() == ours.asked.keys() and read.threads == choose.THREADS
+    assert read.family.keys() == labels.PAPER_FAMILY.keys()
     charts.compute([read])  # a sample of two
 
 
 def test_folders_are_searched_and_sorted_by_label(tmp_path):
     write(tmp_path / "a" / "deep", entry("Zeta"), entry("APR RL"), entry("Alpha"))
     write(tmp_path / "b", entry("APR"), entry("SoS"))
-    found = charts.read_results([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert [e["label"] for e in found] == ["SoS", "APR", "APR RL", "Alpha", "Zeta"]
+    found = choose.read_results([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [e.label for e in found] == ["SoS", "APR", "APR RL", "Alpha", "Zeta"]
 
 
 def test_runs_are_known_by_their_names(tmp_path):
     write(tmp_path, entry("grpo-apr-desktop"), entry("sosp"), entry("mine"))
-    assert [e["label"] for e in charts.read_results([str(tmp_path)])] == ["SoS+", "APR RL", "mine"]
+    assert [e.label for e in choose.read_results([str(tmp_path)])] == ["SoS+", "APR RL", "mine"]
 
 
 def test_a_point_that_is_found_twice_counts_once(tmp_path):
     write(tmp_path / "a", entry(accuracy=0.5))
     write(tmp_path / "b", entry(accuracy=0.25))
-    assert [e["accuracy"] for e in charts.read_results([str(tmp_path)])] == [0.5]
-    assert len(charts.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
+    assert [e.accuracy for e in choose.read_results([str(tmp_path)])] == [0.5]
+    assert len(choose.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
     seed = {"training_seed": 1, "parameters": "others"}
     others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"context": 256}, {"label": "SoS"}, {"seed": 1}, seed]
     changed = [entry(threads={"join": "text"}), entry(asked={"answer_tokens": 64}), entry(sampling={"top_k": 0, "top_p": 0.9})]
     write(tmp_path / "c", *(entry(**other) for other in others), *changed)
-    found = charts.read_results([str(tmp_path)])
-    assert len(found) == 11 and {e["label"] for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
+    found = choose.read_results([str(tmp_path)])
+    assert len(found) == 11 and {e.label for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
 
 
 def test_checkpoints_of_one_label_are_never_mixed(tmp_path):
     write(tmp_path / "a", entry())
     write(tmp_path / "b", entry(temperature=1.0, parameters="others"))
     with pytest.raises(UsageError, match="a/eval.json and .*b/eval.json hold APR of training seed 0 with different"):
-        charts.read_results([str(tmp_path)])
+        choose.read_results([str(tmp_path)])
 
 
 def test_an_evaluation_under_way_is_left_out_aloud(tmp_path, capsys):
     write(tmp_path / "a", entry())
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "eval.json").touch()
-    assert len(charts.read_results([str(tmp_path)])) == 1
+    assert len(choose.read_results([str(tmp_path)])) == 1
     assert "b/eval.json is empty" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no evaluation below .*b has ended yet"):
-        charts.read_results([str(tmp_path / "b")])
+        choose.read_results([str(tmp_path / "b")])
 
 
 @pytest.mark.parametrize("changed", [{"problem_set": "other"}, {"family": LAPTOP | {"high": 21}}])
@@ -170,10 +181,10 @@ def test_results_on_different_problems_are_never_mixed(changed, tmp_path):
     write(tmp_path / "a", entry())
     write(tmp_path / "b", entry("SoS", **changed))
     with pytest.raises(UsageError) as caught:
-        charts.read_results([str(tmp_path)])
+        choose.read_results([str(tmp_path)])
     for words in ("a/eval.json", "b/eval.json", "different problems", "--results"):
         assert words in str(caught.value)
-    assert len(charts.read_results([str(tmp_path / "b")])) == 1
+    assert len(choose.read_results([str(tmp_path / "b")])) == 1
 
 
 @pytest.mark.parametrize("field", [*charts.SCHEMA, *(f"results.{name}" for name in charts.RESULT_SCHEMA)])
@@ -185,7 +196,7 @@ def test_a_missing_field_is_named_with_its_file(field, tmp_path):
         inner = inner[key][2] if key == "results" else inner[key]
     del inner[last]
     with pytest.raises(UsageError) as caught:
-        charts.read_results([write(tmp_path, stored)])
+        choose.read_results([write(tmp_path, stored)])
     assert "eval.json" in str(caught.value) and f"lacks the field {field.removeprefix('results.')}:" in str(caught.value)
     assert ("result 2" in str(caught.value)) == field.startswith("results.")
 
@@ -204,7 +215,7 @@ def test_a_missing_field_is_named_with_its_file(field, tmp_path):
 def test_a_file_that_is_no_evaluation_is_refused(content, words, tmp_path):
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(UsageError) as caught:
-        charts.read_results([str(tmp_path)])
+        choose.read_results([str(tmp_path)])
     assert words in str(caught.value) and "eval.json" in str(caught.value)
 
 
@@ -213,12 +224,12 @@ def test_a_file_that_is_no_evaluation_is_refused(content, words, tmp_path):
 
 def test_logs_are_labelled_as_in_the_sweep(tmp_path):
     folders = [tmp_path / name for name in ("grpo-apr", "grpo-sosp-desktop", "mine", "again/grpo-apr")]
-    logs = charts.read_logs([write_log(folder, {"step": 1}) for folder in folders])
+    logs = choose.read_logs([write_log(folder, {"step": 1}) for folder in folders])
     assert [log.label for log in logs] == ["APR RL", "SoS+ RL", str(folders[2]), str(folders[3])]
 
 
 def test_the_line_that_a_run_is_writing_does_not_count(tmp_path):
-    (log,) = charts.read_logs([write_log(tmp_path, {"step": 1}, {"step": 2}, end="")])
+    (log,) = choose.read_logs([write_log(tmp_path, {"step": 1}, {"step": 2}, end="")])
     assert log.lines == [{"step": 1}]
 
 
@@ -230,7 +241,7 @@ def test_a_log_that_is_none_is_refused(content, words, tmp_path):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UsageError, match=words):
-        charts.read_logs([str(tmp_path)])
+        choose.read_logs([str(tmp_path)])
 
 
 # ---------------------------------------------------------------- points by hand
@@ -238,7 +249,7 @@ def test_a_log_that_is_none_is_refused(content, words, tmp_path):
 
 def test_compute_by_hand():
     """Two samples of 200 tokens each cost 400 tokens together."""
-    pairs = {"pass": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]}, "cons": {"2": [0.55, 0.5, 0.6], "1": [0.5, 0.4, 0.6]}}
+    pairs = {"pass_at": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]}, "cons_at": {"2": [0.55, 0.5, 0.6], "1": [0.5, 0.4, 0.6]}}
     sampled = entry("SoS+", temperature=1.0, samples=2, total_tokens=200, **pairs)
     asked = [threads_asked(count, total_tokens=tokens) for count, tokens in ((2, 150), (0, 90), (4, 120))]
     excluded = [entry(concurrent=1), entry(threads={"join": "text"}), entry(temperature=0.5)]
@@ -278,7 +289,7 @@ def test_context_windows_by_hand():
 def test_rl_pairs_the_same_temperature_and_budget():
     entries = [entry(total_tokens=100), entry(temperature=1.0), entry("APR RL", total_tokens=150), entry("SoS+ RL")]
     entries += [threads_asked(2), threads_asked(3, "APR asked RL")]
-    assert charts.rl_pairs(entries) == [(entries[0], entries[2])]
+    assert choose.rl_pairs(entries) == [(entries[0], entries[2])]
     chart = charts.rl(entries)
     assert bare(chart.panels["temperature 0"]) == [
         ("APR", ARROW, [at(100), at(150)]),
@@ -287,14 +298,14 @@ def test_rl_pairs_the_same_temperature_and_budget():
     ]
     assert [*chart.panels] == ["temperature 0"]
     warm = [entry(label, temperature=1.0) for label in ("APR", "APR RL")]
-    assert charts.rl_pairs([entries[0], *warm]) == [(warm[0], warm[1])]
+    assert choose.rl_pairs([entries[0], *warm]) == [(warm[0], warm[1])]
     assert [*charts.rl([*entries, warm[1]]).panels] == ["temperature 0", "temperature 1"]
 
 
 def test_rl_pairs_the_same_seed_if_it_can():
     before = [entry(training_seed=seed, parameters=str(seed)) for seed in (0, 1)]
     after = [entry("APR RL", training_seed=seed, parameters=f"{seed} RL") for seed in (1, 2)]
-    assert charts.rl_pairs(before + after) == [(before[1], after[0]), (before[0], after[1])]
+    assert choose.rl_pairs(before + after) == [(before[1], after[0]), (before[0], after[1])]
 
 
 def test_solved_within_by_hand():
@@ -306,7 +317,7 @@ def test_solved_within_by_hand():
     assert bare([one, two]) == [("APR", CURVE, [(0, 0.0), (10, 0.25), (30, 0.5), (90, 0.5)]), ("SoS", CURVE, [(0, 0.0), (90, 0.0)])]
     assert one.points[1][2:] == stats.wilson(1, 4)
     assert charts.latency([first, second]).panels == {"": []}
-    (line,) = charts.latency([{**first, "concurrent": 1}, second]).panels[""]
+    (line,) = charts.latency([dataclasses.replace(first, concurrent=1), second]).panels[""]
     assert bare([line]) == [("APR", CURVE, [(0, 0.0), (70, 0.25), (210, 0.5), (280, 0.5)])]
 
 
@@ -327,10 +338,10 @@ def test_temperature_is_a_line_per_checkpoint():
 
 
 def test_the_papers_values_are_drawn_only_on_its_own_problems():
-    for family, drawn in ((LAPTOP, []), (charts.PAPER_FAMILY, [("APR", [(0.0, 0.755), (0.1, 0.759), (0.5, 0.749), (1.0, 0.678)])])):
+    for family, drawn in ((LAPTOP, []), (labels.PAPER_FAMILY, [("APR", [(0.0, 0.755), (0.1, 0.759), (0.5, 0.749), (1.0, 0.678)])])):
         entries = [entry(family=family)]
         assert [(label, points) for label, kind, points in bare(charts.temperature(entries).panels[""]) if kind == PAPER] == drawn
-    pair = [entry(family=charts.PAPER_FAMILY), entry("APR RL", family=charts.PAPER_FAMILY)]
+    pair = [entry(family=labels.PAPER_FAMILY), entry("APR RL", family=labels.PAPER_FAMILY)]
     assert bare(charts.rl(pair).panels["temperature 0"])[-1] == ("APR", PAPER, [(10964, 0.755), (16720, 0.834)])
 
 
@@ -432,7 +443,7 @@ def test_rl_table_by_hand():
 
 def test_the_difference_is_between_problems_not_samples():
     samples = [result(right) for right in (True, False, True, True)]  # of two problems: 0.5 and 1
-    assert charts.by_problem(entry(results=samples, samples=2), "correct") == [0.5, 1.0]
+    assert choose.by_problem(entry(results=samples, samples=2), "correct") == [0.5, 1.0]
 
 
 def test_ablation_table_by_hand():
@@ -477,9 +488,9 @@ def test_failure_and_cost_tables_by_hand():
 
 def test_samples_table_by_hand():
     """Two samples of 200 tokens cost 400 together; ten come after two."""
-    pairs = {name: {k: [float(k) / 20, 0.0, 1.0] for k in ("1", "10", "2")} for name in ("pass", "cons")}
+    pairs = {name: {k: [float(k) / 20, 0.0, 1.0] for k in ("1", "10", "2")} for name in ("pass_at", "cons_at")}
     several = entry("SoS+", temperature=1.0, samples=10, correct=(True,) * 40, total_tokens=200, **pairs)
-    rows = rows_of(tables.samples_table([entry(), several, {**several, "threads": {"join": "text"}}]))
+    rows = rows_of(tables.samples_table([entry(), several, dataclasses.replace(several, threads={"join": "text"})]))
     assert [(row["k"], row["total tokens"]) for row in rows] == [("1", "200"), ("2", "400"), ("10", "2,000")]
     assert rows[1]["cons@k"] == rows[1]["pass@k"] == "0.100 (0.000-1.000)" and rows[0]["method"] == "SoS+"
 

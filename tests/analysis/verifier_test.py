@@ -14,7 +14,7 @@ from countdown.grader import Problem, grade_steps
 from countdown.language import END, GOAL, Tokenizer
 from countdown.search import Trace, spawn_block
 from countdown.task import Countdown, record
-from parallel_runtime import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
+from records import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
 from solver import DemonstratorConfig, ProblemRange, demonstration
 
 TOKENIZER = Tokenizer(100)

@@ -10,13 +10,14 @@ import pytest
 
 import evaluate
 import solver
-from analysis import figures, viewer
+from analysis import figures, timeline, tree, viewer
 from countdown.grader import Problem
 from countdown.language import Tokenizer
 from countdown.search import Trace, spawn_block
-from countdown.task import Countdown
+from countdown.task import Countdown, record
 from harness.cli import UsageError
-from parallel_runtime import MALFORMED, SPAWN, Call, Grade, Rollout, Thread, sequential_tokens, total_tokens
+from harness.evaluation import show_call
+from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
 from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
@@ -33,7 +34,7 @@ def demonstrations():
         for index in range(20):
             numbers = (22, 26, 31, 53 + index)
             trace = solver.demonstrate(Problem(numbers, 27), config, random.Random(index))
-            rollout = solver.record(Problem(numbers, 27), trace, Countdown(TOKENIZER, config.method))
+            rollout = record(Problem(numbers, 27), trace, Countdown(TOKENIZER, config.method))
             made.append((config.method, rollout))
     return made
 
@@ -56,7 +57,7 @@ def thread(*parts, path=()):
 def test_two_spawns_on_the_clock_by_hand():
     """Children of 5 and 8 tokens from 10 to 18; then 4 tokens; then two of 7 from 22 to 29; then 3 to the end at 32."""
     root = thread(10, [thread(5), thread(8)], 4, [thread(7), thread(7)], 3)
-    lanes = viewer.timeline(root)
+    lanes = timeline.timeline(root)
     assert [lane.starts for lane in lanes] == [[0, 18, 29], [10], [10], [22], [22]]
     assert [lane.critical for lane in lanes] == [True, False, True, True, False]  # the first of the slowest
     assert [lane.joins for lane in lanes] == [[18, 29], [], [], [], []]
@@ -66,21 +67,21 @@ def test_two_spawns_on_the_clock_by_hand():
 def test_the_clock_of_children_of_children_by_hand():
     """The child spawns at 3 + 2 = 5, waits for 6 tokens to 11 and ends at 12; its sibling is over at 3 + 8 = 11."""
     child = thread(2, [thread(6), thread(1)], 1)
-    lanes = viewer.timeline(thread(3, [child, thread(8)], 4))
+    lanes = timeline.timeline(thread(3, [child, thread(8)], 4))
     assert [lane.starts for lane in lanes] == [[0, 12], [3, 11], [5], [5], [3]]
     assert [lane.critical for lane in lanes] == [True, True, True, False, False]
     assert [lane.joins for lane in lanes] == [[12], [11], [], [], []]
 
 
 def test_what_a_slow_child_waited_for_is_critical_but_not_what_a_fast_one_did():
-    lanes = viewer.timeline(thread(1, [thread(2, [thread(3)], 1), thread(8)], 1))
+    lanes = timeline.timeline(thread(1, [thread(2, [thread(3)], 1), thread(8)], 1))
     assert [(lane.starts, lane.critical) for lane in lanes[1:]] == [([1, 6], False), ([3], False), ([1], True)]
 
 
 def test_the_critical_path_is_as_long_as_the_sequential_tokens():
     spawned = 0
     for _, rollout in demonstrations():
-        lanes = viewer.timeline(rollout.root)
+        lanes = timeline.timeline(rollout.root)
         lengths = [[len(call.sampled) for call in lane.thread.calls] for lane in lanes]
         critical = [
             (start, start + tokens)
@@ -132,11 +133,11 @@ def hand_built():
         Trace(SECOND, [missed("2*6=12", 12) + GOAL + FOUND], []),
     ]
     trace = Trace(ROOT, [LISTED + BLOCK, PATH], [children])
-    return solver.record(Problem((4, 2, 2), 8), trace, Countdown(TOKENIZER, "apr"))
+    return record(Problem((4, 2, 2), 8), trace, Countdown(TOKENIZER, "apr"))
 
 
 def tree_of(rollout):
-    return viewer.search_tree(rollout, viewer.timeline(rollout.root), TOKENIZER)
+    return tree.search_tree(rollout, timeline.timeline(rollout.root), TOKENIZER)
 
 
 def test_the_search_tree_by_hand():
@@ -250,7 +251,7 @@ def data_in(html):
 
 def test_the_page_holds_the_costs_and_the_threads_by_hand():
     rollout = hand_built()
-    data = data_in(viewer.page(viewer.page_data(rollout, "apr", TOKENIZER)))
+    data = data_in(viewer.page(viewer.page_data(viewer.Trace(rollout, "apr", "countdown", TOKENIZER))))
     total, sequential = total_tokens(rollout.root), sequential_tokens(rollout.root)
     assert data["problem"] == {"numbers": [4, 2, 2], "target": 8}
     assert data["costs"]["total_tokens"] == total and data["costs"]["sequential_tokens"] == sequential
@@ -267,7 +268,7 @@ def test_text_in_the_data_cannot_leave_its_element():
     rollout = with_sampled(BLOCK)
     rollout.root.detail = attack
     rollout.grade = Grade(False, attack, (attack,))
-    html = viewer.page(viewer.page_data(rollout, attack, TOKENIZER))
+    html = viewer.page(viewer.page_data(viewer.Trace(rollout, attack, "countdown", TOKENIZER)))
     empty = viewer.TEMPLATE.read_text()
     for mark in ("<script", "</script", "<!--"):
         assert html.count(mark) == empty.count(mark)
@@ -285,38 +286,39 @@ def test_the_template_has_one_place_for_the_data_and_fetches_nothing():
 
 
 def test_every_stop_has_words():
-    assert set(viewer.STOPPED) == set(viewer.pr.STOPS)
+    assert set(viewer.STOPPED) == set(STOPS)
 
 
 # ---------------------------------------------------------------- trace files
 
 
 def write(path, rollout, method="apr"):
-    path.write_text(json.dumps(solver.stored(rollout, method, 10)))
+    path.write_text(json.dumps(stored("countdown", {"method": method, "number_limit": 10}, rollout)))
     return str(path)
 
 
 def test_a_record_is_read_back_as_it_was(tmp_path):
     for method, rollout in demonstrations():
-        again, read_method, tokenizer = viewer.read_trace(write(tmp_path / "trace.json", rollout, method))
-        assert again == rollout and read_method == method and tokenizer.vocab_size == TOKENIZER.vocab_size
+        trace = viewer.read_trace(write(tmp_path / "trace.json", rollout, method))
+        assert trace.rollout == rollout and trace.method == method and trace.language.vocab_size == TOKENIZER.vocab_size
 
 
 def test_numbers_of_a_sampled_record_are_read_back_to_the_bit(tmp_path):
     rollout = with_sampled(BLOCK)
     rollout.index, rollout.milliseconds = 3, 0.1 + 0.2
     rollout.root.calls[0].logprobs = [-1e-7 / 3] * len(rollout.root.calls[0].sampled)
-    again, *_ = viewer.read_trace(write(tmp_path / "trace.json", rollout))
-    assert again == rollout
+    assert viewer.read_trace(write(tmp_path / "trace.json", rollout)).rollout == rollout
 
 
-IS = "it must be an object with method, number_limit, rollout"
+IS = "it must be an object with task, facts, rollout"
 BAD = {  # where a trace file is changed, to what, and what is said
-    "method": ("method", None, IS),
+    "task": ("task", None, IS),
+    "other task": ("task", "chess", "task='chess' must be one of countdown, products"),
+    "method": ("facts method", None, "facts must be an object with method"),
     "rollout": ("rollout", [], IS),
-    "limit": ("number_limit", 3, "number_limit must be at least 10"),
+    "limit": ("facts number_limit", 3, "number_limit must be at least 10"),
     "root": ("rollout root", [], "rollout must be an object with problem, root"),
-    "target": ("rollout problem target", "8", "problem must be an object with numbers, target"),
+    "target": ("rollout problem target", "8", "integers from 1"),
     "numbers": ("rollout problem numbers", [0, 1], "integers from 1"),
     "grade": ("rollout grade correct", 1, "grade must be an object with correct"),
     "no calls": ("rollout root spawns 0 1 calls", [], "a thread goes on only after a spawn"),
@@ -336,11 +338,11 @@ BAD = {  # where a trace file is changed, to what, and what is said
 
 @pytest.mark.parametrize(("where", "value", "words"), BAD.values(), ids=BAD)
 def test_a_file_that_is_no_trace_is_refused_in_one_sentence(where, value, words, tmp_path):
-    stored = json.loads(json.dumps(solver.stored(hand_built(), "apr", 10)))
+    value_of = json.loads(json.dumps(stored("countdown", {"method": "apr", "number_limit": 10}, hand_built())))
     *outer, last = [int(key) if key.isdigit() else key for key in where.split()]
-    inner = functools.reduce(lambda part, key: part[key], outer, stored)
+    inner = functools.reduce(lambda part, key: part[key], outer, value_of)
     inner[last] = value
-    (tmp_path / "trace.json").write_text(json.dumps(stored))
+    (tmp_path / "trace.json").write_text(json.dumps(value_of))
     with pytest.raises(UsageError) as caught:
         viewer.read_trace(str(tmp_path / "trace.json"))
     message = str(caught.value)
@@ -381,9 +383,10 @@ def test_the_command_draws_a_rollout_of_a_model(smoke_run, command: Callable, tm
     problem = ("--numbers=7,2,9", "--target=18", f"--record={path}")
     ended = command(evaluate, f"--workdir={smoke_run.path}", *problem, *small)
     assert ended.status == 0, ended.err
-    rollout, method, tokenizer = viewer.read_trace(str(path))
-    assert evaluate.show_call(rollout.root, 0, tokenizer) in ended.out
-    assert method == "apr" and len(rollout.root.calls[0].logprobs) == len(rollout.root.calls[0].sampled)
+    trace = viewer.read_trace(str(path))
+    rollout = trace.rollout
+    assert show_call(rollout.root, 0, trace.language) in ended.out
+    assert trace.method == "apr" and len(rollout.root.calls[0].logprobs) == len(rollout.root.calls[0].sampled)
     assert command(figures, f"--trace={path}").status == 0
 
 

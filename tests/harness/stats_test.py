@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-import parallel_runtime
+import records
 from countdown.grader import Problem
 from harness import stats
-from parallel_runtime import Call, Grade, Rollout, Thread
+from records import Call, Grade, Rollout, Thread
 
 
 @pytest.mark.parametrize(
@@ -38,16 +38,16 @@ def rollout_of(correct: bool, parent: list[int], children: list[list[int]], stop
     calls[-1].stop = stop
     root = Thread((), calls)
     for spawn, sizes in enumerate(children):
-        calls[spawn].stop = parallel_runtime.SPAWN
+        calls[spawn].stop = records.SPAWN
         root.spawns.append([Thread((spawn, i), [Call(0, [2] * 10, [3] * n)]) for i, n in enumerate(sizes)])
     return Rollout(Problem((1, 2), 3), root, Grade(correct, "" if correct else "no answer"), 0, milliseconds)
 
 
 def test_a_summary_by_hand():
     """Two children of 30 and 50 ids between 20 and 7 of the parent; and one thread of 100 that ran out of context."""
-    first = rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 40.0)
-    second = rollout_of(False, [100], [], parallel_runtime.CONTEXT, 60.0)
-    third = rollout_of(False, [3], [], parallel_runtime.MALFORMED, 20.0)
+    first = rollout_of(True, [20, 7], [[30, 50]], records.END, 40.0)
+    second = rollout_of(False, [100], [], records.CONTEXT, 60.0)
+    third = rollout_of(False, [3], [], records.MALFORMED, 20.0)
     summary = stats.summarize([first, second, third], 1, seconds=0.6)
     assert (summary["n"], summary["correct"]) == (3, 1)
     assert summary["accuracy"] == pytest.approx(1 / 3)
@@ -64,9 +64,9 @@ def test_a_summary_by_hand():
 def test_accuracy_by_context_window_by_hand():
     """Contexts of 60 and 110, both right, and one of 13 that is wrong: a window counts what fits it."""
     rollouts = [
-        rollout_of(True, [20, 7], [[30, 50]], parallel_runtime.END, 0.0),
-        rollout_of(True, [100], [], parallel_runtime.END, 0.0),
-        rollout_of(False, [3], [], parallel_runtime.END, 0.0),
+        rollout_of(True, [20, 7], [[30, 50]], records.END, 0.0),
+        rollout_of(True, [100], [], records.END, 0.0),
+        rollout_of(False, [3], [], records.END, 0.0),
     ]
     windows = stats.windows(rollouts, 160, 1)
     assert list(windows) == ["40", "60", "80", "100", "120", "140", "160"]

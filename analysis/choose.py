@@ -1,0 +1,173 @@
+"""Evaluations and logs of runs, read and chosen for charts and tables.
+
+  1. Read every eval.json below some folders and the metrics.jsonl of runs, and check them: results on different
+     problems are never put side by side.
+  2. Choose: entries without a budget, by budget, before and after reinforcement learning.
+
+An entry is an `Evaluation` whose label is one of `analysis.labels`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+
+from analysis.labels import label_of, rank
+from harness import results, stats
+from harness.cli import UsageError, usage_errors
+from harness.results import Evaluation
+
+THREADS = {"join": "path", "inherit": False}  # what is no ablation
+SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
+Entry = Evaluation
+
+
+class Log(typing.NamedTuple):
+    """The metrics.jsonl of a run."""
+
+    label: str
+    lines: list[dict[str, float]]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _json(text: str, where: str) -> typing.Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+
+
+def read_entries(path: pathlib.Path) -> list[Entry]:
+    """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
+    with usage_errors():
+        text = path.read_text(encoding="utf-8")
+    if not text:
+        print(f"note: {path} is empty (its evaluation is under way) and left out", file=sys.stderr)
+        return []
+    values = _json(text, str(path))
+    if not isinstance(values, list):
+        raise UsageError(f"{path} must hold a list of evaluations")
+    entries = [results.read(value, str(path)) for value in values]
+    for entry in entries:
+        unlike = [f"{name} {value:g}" for name, value in entry.sampling.items() if value != SAMPLING[name]]
+        entry.label = ", ".join([label_of(entry.label, entry.label), *unlike])
+    return entries
+
+
+def read_results(folders: Sequence[str]) -> list[Entry]:
+    """All entries below the folders, every point once, sorted by label.
+
+    Raises UsageError if problems differ, or the parameters behind a label and training seed.
+    """
+    found: dict[str, Entry] = {}
+    first: dict[str, pathlib.Path] = {}  # set of problems -> a file of results on it
+    runs: dict[tuple[str, int], tuple[str, pathlib.Path]] = {}  # label and training seed -> parameters, and a file
+    for folder in folders:
+        paths = sorted(pathlib.Path(folder).rglob("eval.json"))
+        if not paths:
+            raise UsageError(f"{folder} holds no eval.json: run `python evaluate.py --sweep=configs/sweep.py` first")
+        for path in paths:
+            for entry in read_entries(path):
+                first.setdefault(json.dumps([entry.problem_set, entry.family], sort_keys=True), path)
+                run = entry.label, entry.training_seed
+                parameters, file = runs.setdefault(run, (entry.parameters, path))
+                if parameters != entry.parameters:
+                    raise UsageError(
+                        f"{file} and {path} hold {run[0]} of training seed {run[1]} with different parameters: "
+                        "choose one of them with --results, or give a run another name"
+                    )
+                same = ("label", "training_seed", "seed", "asked", "temperature", "samples", "concurrent", "threads")
+                key = [getattr(entry, name) for name in (*same, "context")]
+                found.setdefault(json.dumps(key, sort_keys=True), entry)
+    if len(first) > 1:
+        files = " and ".join(map(str, first.values()))
+        raise UsageError(f"{files} hold results on different problems: choose one of them with --results")
+    if folders and not found:
+        raise UsageError(f"no evaluation below {', '.join(folders)} has ended yet")
+    return sorted(found.values(), key=lambda e: (*rank(e.label), e.training_seed, e.temperature, order(e)))
+
+
+def order(entry: Entry) -> list[int]:
+    """Sorts entries of a label by what they were asked for."""
+    return [entry.asked[name] for name in ("sub_calls", "tokens", "extensions")]
+
+
+def read_logs(folders: Sequence[str]) -> list[Log]:
+    """The logs of runs. A last line that is cut (the run goes on, or was killed) does not count."""
+    logs: list[Log] = []
+    for folder in folders:
+        path = pathlib.Path(folder) / "metrics.jsonl"
+        with usage_errors():
+            texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole_lines = texts[: -1 if texts and not texts[-1].endswith("\n") else None]
+        lines = [_json(text, f"{path}, line {number},") for number, text in enumerate(whole_lines, 1)]
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int | float):
+                raise UsageError(f"{path}, line {number}, lacks the field step")
+        label = label_of(pathlib.Path(folder).resolve().name, folder)
+        logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
+    return logs
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def whole(entries: Iterable[Entry], alone: bool = False) -> list[Entry]:
+    """Entries of one sample a problem and unchanged threads; solved side by side, or one at a time (`alone`)."""
+    return [e for e in entries if (e.samples, e.threads, e.concurrent == 1) == (1, THREADS, alone)]
+
+
+def free(entries: Iterable[Entry], temperature: float | None = None, alone: bool = False) -> list[Entry]:
+    """Those of `whole` that were asked for nothing, at one temperature or (None) at any."""
+    return [e for e in whole(entries, alone) if e.budget == "free" and temperature in (None, e.temperature)]
+
+
+def asked(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
+    """Those of `whole` with at least so much in a field of "asked", in its order."""
+    return sorted((e for e in whole(entries) if e.asked[name] >= least), key=lambda e: e.asked[name])
+
+
+def sampled(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries of several samples of each problem and unchanged threads."""
+    return [e for e in entries if e.samples > 1 and e.threads == THREADS]
+
+
+def policy(entry: Entry) -> tuple[str, str, float]:
+    """What was measured, whatever was asked of it."""
+    return entry.label, entry.parameters, entry.temperature
+
+
+def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seeds if any."""
+    pairs = []
+    for after in (e for e in whole(entries) if e.label.endswith(" RL")):
+        wanted = (after.label.removesuffix(" RL"), after.temperature, after.budget)
+        before = [e for e in whole(entries) if (e.label, e.temperature, e.budget) == wanted]
+        if before:
+            seeds = ("training_seed", "seed")
+            pairs.append((min(before, key=lambda e: [getattr(e, s) != getattr(after, s) for s in seeds]), after))
+    return pairs
+
+
+def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry]], list[Entry]]:
+    """Caps and floors of each policy, its free entry among both, in order of tokens; and these free entries."""
+    kinds = []
+    for name in ("answer_tokens", "extensions"):
+        groups: dict[tuple, list[Entry]] = {}
+        for entry in asked(entries, name, 1):
+            groups.setdefault(policy(entry), []).append(entry)
+        for entry in free(entries):
+            groups.get(policy(entry), []).append(entry)
+        kinds.append([sorted(group, key=lambda e: e.total_tokens) for group in groups.values()])
+    started = {policy(entry) for kind in kinds for group in kind for entry in group}
+    return kinds[0], kinds[1], [entry for entry in free(entries) if policy(entry) in started]
+
+
+def by_problem(entry: Entry, name: str) -> list[float]:
+    """A field of the results, averaged over the samples of each problem."""
+    return stats.per_problem([float(getattr(result, name)) for result in entry.results], entry.samples)

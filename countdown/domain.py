@@ -1,0 +1,118 @@
+"""Countdown for training and evaluation: the configuration's problems, demonstrators, task and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import typing
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+import solver
+from checks import require
+from countdown.grader import Problem
+from countdown.language import Tokenizer
+from countdown.task import Countdown, record
+from protocols import Domain
+from records import Rollout, longest_context, mean_costs
+from solver import DemonstratorConfig, ProblemRange, Split
+
+
+class CountdownDomain(Domain):
+    """Reads `problems`, `demonstrator`, `number_limit`, `threads` and `prompt` of the configuration."""
+
+    example = '{"numbers": [...], "target": n}'
+    language: Tokenizer
+    task: Countdown
+
+    def __init__(self, config: ConfigDict) -> None:
+        d = config.demonstrator
+        self.language = Tokenizer(config.number_limit)
+        self.family = ProblemRange(**config.problems)
+        beam = (d.beam_low, d.beam_high)
+        self.demonstrator = DemonstratorConfig(
+            d.method, beam, d.sub_beam_high, d.spawn_probability, d.condition, d.token_bin, d.order
+        )
+        self.sub_calls, self.tokens = (None if value == -1 else value for value in dict(config.prompt).values())
+        both = self.sub_calls is not None and self.tokens is not None
+        require(not both, f"prompt.sub_calls={self.sub_calls} and prompt.tokens={self.tokens}: ask for one")
+        self.demo_task = Countdown(self.language, d.method, config.threads.join, config.threads.inherit)
+        self.task = dataclasses.replace(self.demo_task, sub_calls=self.sub_calls, token_budget=self.tokens)
+
+    def problem(self, split: str, seed: int, index: int) -> Problem:
+        """Problem number `index` of a split."""
+        return solver.problem(self.family, typing.cast(Split, split), seed, index)
+
+    def problems(self, split: str, n: int) -> Sequence[Problem]:
+        """`n` distinct problems of a split."""
+        return solver.problems_of(self.family, typing.cast(Split, split), n)
+
+    def demonstration(self, split: str, seed: int, index: int) -> Rollout:
+        """Demonstration number `index` of a split."""
+        where = typing.cast(Split, split)
+        return solver.demonstration(self.family, self.demonstrator, self.demo_task, where, seed, index)
+
+    @staticmethod
+    def to_json(problem: Problem) -> dict[str, typing.Any]:
+        """{"numbers": [...], "target": n}."""
+        return {"numbers": list(problem.numbers), "target": problem.target}
+
+    @staticmethod
+    def from_json(entry: typing.Any) -> Problem:
+        """The problem of {"numbers": [...], "target": n}. Raises ValueError."""
+        if not isinstance(entry, dict) or set(entry) != {"numbers", "target"} or not isinstance(entry["numbers"], list):
+            raise ValueError(f"a problem must be {CountdownDomain.example}, not {json.dumps(entry)[:80]}")
+        return Problem(tuple(entry["numbers"]), entry["target"])
+
+    @classmethod
+    def read_language(cls, facts: dict[str, typing.Any]) -> Tokenizer:
+        """The tokenizer of a trace file."""
+        return Tokenizer(facts["number_limit"])
+
+    def facts(self) -> dict[str, typing.Any]:
+        """The method, the family of problems, the ablations and the tokenizer's limit."""
+        return {
+            "method": self.demonstrator.method,
+            "family": dataclasses.asdict(self.family),
+            "threads": {"join": self.task.child_returns, "inherit": self.task.inherit},
+            "number_limit": self.language.number_limit,
+        }
+
+    def solvable(self, problem: Problem) -> bool:
+        """Whether the target can be reached, by exact search."""
+        return solver.solvable(problem.numbers, problem.target)
+
+    def requested(self) -> str:
+        """The budget that prompts state."""
+        if self.sub_calls is not None:
+            return f"{self.sub_calls} threads asked"
+        return "" if self.tokens is None else f"{self.tokens} tokens asked"
+
+    def usage(self, rollouts: Sequence[Rollout]) -> tuple[list[int], int, int] | None:
+        """Children started, or the longest context without the line that states the budget."""
+        if self.sub_calls is not None:
+            return [len(rollout.threads()) - 1 for rollout in rollouts], self.sub_calls, self.sub_calls
+        if self.tokens is None:
+            return None
+        line = len(self.language.encode(self.task.root_prefix))  # does not count in demonstrations either
+        used = [longest_context(rollout.root) - line for rollout in rollouts]
+        return used, self.tokens - self.demonstrator.token_bin + 1, self.tokens
+
+    def demonstrators(self, problems: Sequence[Problem], context: int) -> list[dict[str, float]]:
+        """One demonstration of each problem, beam by beam. `solved` is the accuracy in a context of any length."""
+        entries = []
+        for beam in range(self.demonstrator.beam[0], self.demonstrator.beam[1] + 1):
+            config = dataclasses.replace(self.demonstrator, beam=(beam, beam))
+            rollouts = []
+            for index, problem in enumerate(problems):
+                trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))
+                rollouts.append(record(problem, trace, self.task))
+            solved = [rollout.grade.correct for rollout in rollouts]
+            fits = [longest_context(rollout.root) <= context for rollout in rollouts]
+            both = sum(right and fit for right, fit in zip(solved, fits, strict=True))
+            means = mean_costs(rollouts, ("children", "total_tokens"))
+            shares = {"accuracy": both / len(rollouts), "solved": sum(solved) / len(rollouts)}
+            entries.append({"beam": beam, **shares, **means})
+        return entries

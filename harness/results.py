@@ -1,0 +1,114 @@
+"""The record of an evaluation: what eval.json holds, written and read back with its types checked. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+
+from harness.cli import UsageError
+from harness.stats import Estimate
+
+
+@dataclasses.dataclass
+class Result:
+    """One rollout of an evaluation."""
+
+    problem: dict[str, typing.Any]  # as `Domain.to_json` writes it
+    sample: int  # which of the problem's rollouts
+    correct: bool
+    reason: str  # why it is wrong, "" if it is right
+    answer: list[str]
+    failure: str  # kind of fault that it failed by, "" if it is right
+    total_tokens: float
+    sequential_tokens: float
+    longest_context: float
+    children: float
+    width: float  # children of its largest spawn
+    depth: float
+    truncated: float
+    malformed: float
+    milliseconds: float
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """An evaluation of one run at one budget and temperature. Costs are means per rollout."""
+
+    label: str
+    task: str
+    method: str
+    budget: str  # in words; "free" without one
+    asked: dict[str, int]  # the fields of the budget and the limits
+    threads: dict[str, typing.Any]  # what differs from the paper's spawn and join
+    temperature: float
+    sampling: dict[str, float]  # top_k, top_p
+    context: int
+    concurrent: int  # rollouts in flight; 0 is all
+    n: int  # problems
+    samples: int  # rollouts per problem
+    correct: int
+    accuracy: float
+    interval: list[float]  # of 95 %
+    total_tokens: float
+    sequential_tokens: float
+    children: float
+    longest_context: float
+    milliseconds: float
+    truncated: float
+    malformed: float
+    throughput_ms: float  # wall clock of all / rollouts
+    pass_at: dict[str, Estimate]  # k -> chance that one of k samples is right
+    cons_at: dict[str, Estimate]  # k -> chance that the majority of k samples is right
+    kept: dict[str, typing.Any] | None  # use of the budget: asked (low, high), used (mean), within (share)
+    failures: dict[str, float]  # kind of fault -> share of the rollouts
+    windows: dict[str, Estimate]  # context window -> accuracy of what fits it
+    demonstrator: float | None  # its accuracy where it spends what the model spends
+    demonstrator_beams: list[dict[str, float]]
+    family: dict[str, typing.Any]  # of the problems
+    training_seed: int
+    seed: int
+    checkpoint: int  # step
+    parameters: str  # fingerprint
+    problem_set: str  # fingerprint
+    results: list[Result]
+
+    def headline(self) -> dict[str, typing.Any]:
+        """All fields but the results of single rollouts."""
+        fields = dataclasses.asdict(dataclasses.replace(self, results=[]))
+        del fields["results"]
+        return fields
+
+
+def read(value: typing.Any, where: str) -> Evaluation:
+    """The evaluation of a JSON value. Raises UsageError that names the first field that is missing or wrong."""
+    fields = _checked(Evaluation, value, where)
+    results = enumerate(fields["results"])
+    fields["results"] = [Result(**_checked(Result, result, f"{where}, result {n},")) for n, result in results]
+    evaluation = Evaluation(**fields)
+    if not len(evaluation.results) == evaluation.n * evaluation.samples > 0:
+        raise UsageError(f"{where} has {len(evaluation.results)} results, not n * samples: measure it again")
+    return evaluation
+
+
+def _checked(kind: type, value: typing.Any, where: str) -> dict[str, typing.Any]:
+    """The fields of a dataclass in a JSON object, their kinds checked. Other fields are ignored."""
+    fields = {}
+    for name, hint in _kinds(kind).items():
+        if not isinstance(value, dict) or name not in value:
+            raise UsageError(f"{where} lacks the field {name}: measure it again with evaluate.py")
+        if not isinstance(value[name], hint) or (bool not in hint and isinstance(value[name], bool)):
+            raise UsageError(f"{where} has {json.dumps(value[name])[:60]} in the field {name}: measure it again")
+        fields[name] = value[name]
+    return fields
+
+
+def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
+    """Field -> what `isinstance` accepts of it; a float field may hold a whole number."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        plain = [typing.get_origin(option) or option for option in options]
+        found[name] = (*plain, int) if float in plain else tuple(plain)
+    return found

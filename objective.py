@@ -1,0 +1,185 @@
+"""The objective of GRPO: rewards, advantages, weights and the loss, each variant beside its formula and source.
+
+In formulas, for rollout g of the G of problem p, its call c with n_c sampled ids (C_g calls in the rollout, C in the
+batch) and a sampled token t:
+
+    A_pg  = (r_pg - mean_g r) / (std_g r + 1e-6)                        the same for every thread of the rollout
+    rho_t = exp(log pi(t) - log pi_old(t))        d_t = log pi_ref(t) - log pi(t)
+    loss  = - sum_t w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) + kl_weight sum_t v_t (e^d_t - d_t - 1)
+    "call": w_t = 1 / (n_c C_g C), v_t = 1 / (n_c C)   "token": w = v = 1 / tokens
+    "rollout": w_t = v_t = 1 / (rollout_constant rollouts)
+
+log pi is the policy's at `grpo.temperature`, at which the rollouts are sampled too.
+
+A variant is a small function in a table, and a switch of `configs/grpo.py` names it. Every variant is tested by
+numbers worked out by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import records
+from checks import Checked, above, at_least, one_of, require
+from packing import TokenBatch
+from records import Rollout
+from train_state import LossFn, Outputs
+
+# ------------------------------------------------------------------- advantages of rewards [P, G] within their groups
+
+
+def centred(rewards_PG: np.ndarray) -> np.ndarray:
+    """r - mean_g r (Dr.GRPO, arXiv 2503.20783); zeros for a group of equal rewards, whatever the rounding."""
+    difference = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    return np.where(np.ptp(rewards_PG, axis=1, keepdims=True) == 0, 0.0, difference)
+
+
+def standardised(rewards_PG: np.ndarray) -> np.ndarray:
+    """(r - mean_g r) / std_g r (GRPO, arXiv 2402.03300)."""
+    return centred(rewards_PG) / (rewards_PG.std(axis=1, keepdims=True) + 1e-6)
+
+
+def leave_one_out(rewards_PG: np.ndarray) -> np.ndarray:
+    """r - mean of the other rewards of the group (RLOO, arXiv 2402.14740)."""
+    return centred(rewards_PG) * rewards_PG.shape[1] / (rewards_PG.shape[1] - 1)
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "std": standardised,
+    "mean": centred,
+    "leave_one_out": leave_one_out,
+}
+
+# ------------------------------------------------------------------- KL towards the reference, of d = log ref - log pi
+
+
+def k1(d: Array) -> Array:
+    """-d, with the gradient of k2: its own is zero in the mean, so that it would hold the policy to nothing."""
+    return k2(d) + jax.lax.stop_gradient(-d - k2(d))
+
+
+def k2(d: Array) -> Array:
+    """d^2 / 2: biased, and its gradient in the mean is that of the divergence."""
+    return d**2 / 2
+
+
+def k3(d: Array) -> Array:
+    """exp(d) - d - 1: unbiased and never negative (paper; Schulman, 2020)."""
+    return jnp.exp(d) - d - 1
+
+
+ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": k1, "k2": k2, "k3": k3}
+
+# ------------------------------------------------------------------- weights (policy, KL) of each token of a call
+
+
+class Totals(typing.NamedTuple):
+    """What the weights of a batch are divided by."""
+
+    rollouts: int
+    calls: int  # with sampled ids
+    tokens: int
+    constant: float
+
+
+def per_call(n: int, calls: int, batch: Totals) -> tuple[float, float]:
+    """Mean over the n tokens of a call, the calls of its rollout, and all calls; KL without the second (paper)."""
+    return 1 / (n * calls * batch.calls), 1 / (n * batch.calls)
+
+
+def per_token(n: int, calls: int, batch: Totals) -> tuple[float, float]:
+    """Mean over all tokens (DAPO, arXiv 2503.14476)."""
+    return 1 / batch.tokens, 1 / batch.tokens
+
+
+def per_rollout(n: int, calls: int, batch: Totals) -> tuple[float, float]:
+    """Sum over the tokens of a rollout / a constant, mean over rollouts (Dr.GRPO)."""
+    weight = 1 / (batch.constant * batch.rollouts)
+    return weight, weight
+
+
+AGGREGATES: dict[str, Callable[[int, int, Totals], tuple[float, float]]] = {
+    "call": per_call,
+    "token": per_token,
+    "rollout": per_rollout,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(Checked):
+    """The switches of a step. Raises ValueError on one without such a position or a number that cannot work."""
+
+    section = "grpo"
+    steps: Annotated[int, at_least(1)]
+    problems: Annotated[int, at_least(1)]  # per step
+    rollouts: Annotated[int, at_least(2)]  # per problem: the group
+    updates: Annotated[int, at_least(1)]  # inner updates per step
+    temperature: Annotated[float, above(0)]  # of the policy, in rollouts and in the loss
+    advantage: Annotated[str, one_of(*ADVANTAGES)]
+    clip_low: Annotated[float, at_least(0)]
+    clip_high: Annotated[float, at_least(0)]
+    kl_estimator: Annotated[str, one_of(*ESTIMATORS)]
+    kl_weight: Annotated[float, at_least(0)]
+    aggregate: Annotated[str, one_of(*AGGREGATES)]
+    rollout_constant: Annotated[float, above(0)]  # ids that "rollout" divides by
+    old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
+    importance_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
+    dead_groups: Annotated[str, one_of("keep", "drop", "refill")]  # groups of equal rewards
+    acceleration: float
+    acceleration_cap: float
+    thread_penalty: float
+    token_penalty: float
+    token_budget: float
+
+    def check(self) -> None:
+        """Checks the importance weights."""
+        ours = not self.importance_cap or self.old_logp == "trainer"
+        require(ours, "grpo.importance_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
+
+
+# ------------------------------------------------------------------- reward
+
+
+def acceleration(costs: dict[str, float], config: GrpoConfig) -> float:
+    """Bonus of a correct rollout for parallelism (ThreadWeaver, arXiv 2512.07843)."""
+    saved = 1 - costs["sequential_tokens"] / max(costs["total_tokens"], 1)
+    return config.acceleration * min(saved, config.acceleration_cap)
+
+
+def penalties(costs: dict[str, float], config: GrpoConfig) -> tuple[float, float]:
+    """`thread_penalty` per child, and `token_penalty` per sampled token beyond `token_budget`."""
+    beyond = max(0.0, costs["total_tokens"] - config.token_budget)
+    return config.thread_penalty * costs["children"], config.token_penalty * beyond
+
+
+def reward(rollout: Rollout, config: GrpoConfig) -> float:
+    """1 and the bonus if correct, minus the penalties in any case."""
+    costs = records.metrics(rollout)
+    threads, tokens = penalties(costs, config)
+    return float(rollout.grade.correct) * (1 + acceleration(costs, config)) - threads - tokens
+
+
+# ------------------------------------------------------------------- loss
+
+
+def grpo_loss(config: GrpoConfig) -> LossFn:
+    """The clipped objective with a penalty towards the reference (module header), per token [R, T]."""
+
+    def loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+        ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
+        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        kl = ESTIMATORS[config.kl_estimator](jnp.where(batch.sampled, batch.ref_logp - out.logp, 0.0))
+        active = (clipped * batch.advantage < ratio * batch.advantage) & batch.sampled
+        metrics = {"clipped": active.astype(jnp.float32), "kl": kl * batch.sampled}
+        return batch.weight * policy + config.kl_weight * batch.kl_weight * kl, metrics
+
+    return loss
