@@ -93,7 +93,8 @@ def at_equal_compute(entries: Sequence[dict[str, float]], spent: dict[str, typin
     """
     name = "children" if any(entry["children"] for entry in entries) else "total_tokens"
     points = sorted((entry[name], entry["accuracy"]) for entry in entries)
-    return float(np.interp(spent[name], *zip(*points, strict=True)))
+    costs, accuracies = zip(*points, strict=True)
+    return float(np.interp(spent[name], costs, accuracies))
 
 
 def budget(config: ConfigDict) -> str:

@@ -341,4 +341,5 @@ def param_spec(path: tuple[typing.Any, ...]) -> PartitionSpec:
     Trees that hold parameters under their names, such as an optimizer's moments, are served alike; other leaves are
     replicated. "tensor" must divide kv_heads and mlp_width, "fsdp" the width.
     """
-    return _SPECS.get(getattr(path[-1], "key", None), PartitionSpec()) if path else PartitionSpec()
+    name = getattr(path[-1], "key", "") if path else ""
+    return _SPECS.get(name, PartitionSpec())

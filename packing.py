@@ -141,7 +141,8 @@ def take_row(waiting: list[Piece], length: int, refill: Callable[[], None] = lam
     The first is the one that has waited longest, so that none waits for ever. `refill` may append to `waiting`; it
     is called whenever a piece has been taken. Raises ValueError if the first piece is longer than the row.
     """
-    row, free, best = [], length, 0
+    row, free = [], length
+    best: int | None = 0
     while best is not None:
         piece = waiting.pop(best)
         if len(piece) > free:

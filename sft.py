@@ -79,8 +79,10 @@ class DemonstrationStream:
             )
         self.experiment = experiment
         self.used = 0.0  # share of the tokens of the last batch that carry a segment
-        self.drawn, self.overlong = (cursor["drawn"], cursor["overlong"]) if cursor else (0, 0)
-        places = cursor["waiting"] if cursor else []
+        cursor = cursor or {"drawn": 0, "overlong": 0, "waiting": []}
+        self.drawn: int = cursor["drawn"]
+        self.overlong: int = cursor["overlong"]
+        places = cursor["waiting"]
         pieces = {index: self._draw(index)[0] for index in {index for index, _ in places}}
         self._waiting = [Waiting(index, piece, pieces[index][piece]) for index, piece in places]
         self._refill()

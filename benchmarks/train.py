@@ -72,7 +72,8 @@ def ours(args: argparse.Namespace, packed: bool) -> Callable[[], object]:
         dtype="float32",
     )
     mesh = train_state.make_mesh(data=1, fsdp=1, tensor=1)
-    optimizer = train_state.make_optimizer(train_state.OptimizerConfig(1e-3, 1e-4, 1, 1000, 0.1, 1.0, 0.9, 0.95))
+    adamw = train_state.OptimizerConfig("adam", 1e-3, 1e-4, 1, 1000, 0.1, 1.0, 0.9, 0.95, momentum=0.0)
+    optimizer = train_state.make_optimizer(adamw)
     decoder = model.Decoder(config)
     step = train_state.make_train_step(decoder, optimizer, sft.sft_loss, mesh)
     state = train_state.init_state(decoder, optimizer, mesh, jax.random.key(0))

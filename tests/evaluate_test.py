@@ -1,6 +1,7 @@
 """Evaluation: intervals, summaries, the held-out sets, problems files, and the command on one problem."""
 
 import contextlib
+import copy
 import json
 import pathlib
 import re
@@ -223,13 +224,38 @@ def test_problems_in_another_order_give_the_results_in_that_order(scripted, tmp_
     assert [result["correct"] for result in entry["results"]] == [r.grade.correct for r in scripted.recorded[::-1]]
 
 
-def test_the_demonstrators_share_is_its_own(scripted):
-    """Measured on fresh demonstrations: close to that of a hundred others, and the same each time."""
+def test_the_demonstrator_is_measured_beam_by_beam(scripted):
+    """Fresh demonstrations at each beam: the beams' mean is close to that of others that draw their beam."""
     problems = scripted.test_set() * 25
-    share = evaluate.demonstrators_accuracy(scripted, problems)
-    assert share == evaluate.demonstrators_accuracy(scripted, problems)
+    entries = evaluate.demonstrators(scripted, problems)
+    assert entries == evaluate.demonstrators(scripted, problems)
+    low, high = scripted.demonstrator.beam
+    assert [entry["beam"] for entry in entries] == [*range(low, high + 1)]
+    assert all(entry["accuracy"] == entry["solved"] for entry in entries)  # all of them fit the context
+    assert [entry["children"] for entry in entries] == sorted(entry["children"] for entry in entries)
     other = [scripted.demonstrate(problem, 1000 + index).grade.correct for index, problem in enumerate(problems)]
-    assert share == pytest.approx(sum(other) / len(other), abs=0.12)  # four standard errors of the difference
+    mean = sum(entry["solved"] for entry in entries) / len(entries)
+    assert mean == pytest.approx(sum(other) / len(other), abs=0.12)  # four standard errors of the difference
+
+
+def test_a_demonstration_that_overruns_the_context_counts_as_wrong(scripted):
+    short = copy.copy(scripted)
+    short.config = scripted.config.copy_and_resolve_references()
+    short.config.model.context = 150
+    entries = evaluate.demonstrators(short, scripted.test_set())
+    assert entries[-1]["accuracy"] < entries[-1]["solved"]
+
+
+def test_the_demonstrator_is_read_off_where_it_spends_as_much():
+    entries = [
+        {"beam": 1, "accuracy": 0.2, "children": 0.0, "total_tokens": 50.0},
+        {"beam": 2, "accuracy": 0.6, "children": 2.0, "total_tokens": 150.0},
+        {"beam": 3, "accuracy": 0.7, "children": 3.0, "total_tokens": 200.0},
+    ]
+    for children, accuracy in ((0.0, 0.2), (0.5, 0.3), (2.0, 0.6), (2.75, 0.675), (9.0, 0.7)):
+        assert evaluate.at_equal_compute(entries, {"children": children, "total_tokens": 1.0}) == pytest.approx(accuracy)
+    serial = [entry | {"children": 0.0} for entry in entries]
+    assert evaluate.at_equal_compute(serial, {"children": 0.0, "total_tokens": 175.0}) == pytest.approx(0.65)
 
 
 def test_show_has_every_thread_where_it_ran(scripted):
@@ -567,17 +593,10 @@ def test_a_sweep_warms_up_once_for_points_that_share_compiled_functions(smoke_ru
     assert warmed == [0, 2]
 
 
-def test_problems_that_chose_the_checkpoint_are_not_evaluated_on(smoke_run, command: Callable, tmp_path):
-    output = f"--output={tmp_path / 'out'}"
-    ended = command(evaluate, f"--workdir={smoke_run.path}", output, "--config.evaluation.problems=17", *SMALL)
-    assert ended.status == 2 and "evaluation.problems=17" in ended.err and "first 16" in ended.err, ended
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ({"evaluation.problems": (17,)}, "evaluation.problems=17"),
+        ({"evaluation.problems": (61,)}, "only 60 problems for the heldout split, 61 were asked for"),
         ({"sampler.tempreature": (0.0,)}, "tempreature"),
         ({"sampler.temperature": ("warm",)}, "temperature"),
         ({"sampler.temperature": (-1.0,)}, "temperature"),
