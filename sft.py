@@ -44,7 +44,7 @@ def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
 
 
 MOST_LOST = 1000  # demonstrations in a row that may be too long before the config is called hopeless
-LOOK_AHEAD = 64  # segments that wait to be packed: enough to leave next to no token of a row unused
+LOOK_AHEAD = 256  # segments that wait to be packed: enough to leave next to no token of a row unused
 
 
 @dataclasses.dataclass
@@ -120,7 +120,10 @@ class DemonstrationStream:
     def next(self) -> TokenBatch:
         """The next batch, [M, R, T], weighted so that a sum over it is a mean over sampled ids."""
         config = self.experiment.config
-        rows = [take_row(self._waiting, config.model.context, self._refill) for _ in range(config.train.rows)]
+        rows = []
+        for _ in range(config.train.rows):
+            rows.append(take_row(self._waiting, config.model.context))
+            self._refill()
         self.used = sum(map(len, itertools.chain(*rows))) / (config.train.rows * config.model.context)
         batch, _ = lay_out([[waiting.segment for waiting in row] for row in rows], config.model.context)
         return split(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)

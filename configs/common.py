@@ -25,7 +25,7 @@ MODELS = {
 # Preset -> updates, packed rows per update and per forward pass of a device, peak rate, warm-up, held-out evaluations.
 TRAINING = {
     "smoke": (20, 4, 2, 3e-3, 5, 10, 8),
-    "laptop": (4000, 8, 2, 3e-3, 200, 1000, 200),
+    "laptop": (7000, 4, 2, 3e-3, 60, 500, 200),
     "desktop": (6000, 4, 2, 1.5e-3, 100, 1500, 200),
     "gpu": (8000, 64, 64, 1e-3, 400, 1000, 500),
     "paper": (19000, 1024, 8, 5e-5, 1000, 1000, 1000),
@@ -64,6 +64,7 @@ def evaluation(preset: str) -> dict[str, int]:
 
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
+    small = preset in ("smoke", "laptop", "desktop")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     steps, rows, micro_rows, learning_rate, warmup_steps, eval_every, eval_problems = TRAINING[preset]
@@ -77,12 +78,14 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             problems=FAMILIES[preset],
             demonstrator=dict(
                 method=method,
-                beam_low=1,
+                # A beam of 1 hands nothing out; a small model has no time for it.
+                beam_low=2 if small else 1,
                 beam_high=beam_high,
                 sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
                 spawn_probability=spawn_probability,  # that an expanded node is judged promising
-                condition=0.0,  # share of demonstrations that state their budget in the prompt
-                token_bin=512,  # granularity of SoS+'s token budget; like all here, it seeds the demonstrations
+                condition=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
+                # Granularity of SoS+'s token budget: an eighth of the context.
+                token_bin={"smoke": 64, "laptop": 64, "desktop": 128}.get(preset, 512),
                 order="fixed",  # in which children are listed: of generation; "random" is the paper's
             ),
             # Numbers below the limit are one token each; 10 means digit by digit.
