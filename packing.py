@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -159,22 +159,25 @@ class Sized(typing.Protocol):
 Piece = typing.TypeVar("Piece", bound=Sized)
 
 
-def take_row(waiting: list[Piece], length: int, refill: Callable[[], None] = lambda: None) -> list[Piece]:
-    """Takes the pieces of one row of `length` tokens out of `waiting`: the first, then ever the longest that fits.
+def take_row(waiting: list[Piece], length: int) -> list[Piece]:
+    """Takes the pieces of one row of `length` tokens out of `waiting`: the first, and those that best fill the rest.
 
-    The first piece has waited longest, so none waits for ever. `refill` may append to `waiting`; it is called
-    whenever a piece has been taken. Raises ValueError if the first piece is longer than the row.
+    The first piece has waited longest, so none waits for ever. The others are found by subset sum: bit s of
+    `sums[i]` says that some of the first i pieces add up to s tokens. Of equally good choices the one whose pieces
+    came earlier is taken. Raises ValueError if the first piece is longer than the row.
     """
-    row: list[Piece] = []
-    free, best = length, typing.cast(int | None, 0)
-    while best is not None:
-        piece = waiting.pop(best)
-        if len(piece) > free:
-            raise ValueError(f"a segment of {len(piece)} tokens does not fit rows of {length}")
-        row.append(piece)
-        free -= len(piece)
-        refill()
-        best = max((i for i, p in enumerate(waiting) if len(p) <= free), key=lambda i: len(waiting[i]), default=None)
+    row = [waiting.pop(0)]
+    free = length - len(row[0])
+    if free < 0:
+        raise ValueError(f"a segment of {len(row[0])} tokens does not fit rows of {length}")
+    sums, mask = [1], (2 << free) - 1
+    for piece in waiting:
+        sums.append((sums[-1] | sums[-1] << len(piece)) & mask)
+    best = sums[-1].bit_length() - 1
+    for i in reversed(range(len(waiting))):
+        if not sums[i] >> best & 1:  # out of reach without piece i
+            best -= len(waiting[i])
+            row.append(waiting.pop(i))
     return row
 
 

@@ -42,7 +42,7 @@ from records import longest_context
 from train_state import Outputs, TrainState, init_state, make_train_step, placed_state
 
 MOST_LOST = 1000  # demonstrations in a row that may be too long before the config is called hopeless
-LOOK_AHEAD = 64  # segments that wait to be packed: enough to leave almost no token of a row unused
+LOOK_AHEAD = 256  # segments that wait to be packed: enough to leave almost no token of a row unused
 
 
 def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
@@ -112,7 +112,10 @@ class DemonstrationStream:
     def next(self) -> TokenBatch:
         """The next batch, [M, R, T], weighted so that a sum over it is a mean over sampled ids."""
         count = self.parts.train.rows
-        rows = [take_row(self._waiting, self.context, self._refill) for _ in range(count)]
+        rows = []
+        for _ in range(count):
+            rows.append(take_row(self._waiting, self.context))
+            self._refill()
         self.used = sum(map(len, itertools.chain(*rows))) / (count * self.context)
         batch = lay_out([[waiting.segment for waiting in row] for row in rows], self.context)
         return split(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)

@@ -177,14 +177,15 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
 
     import solver
     from configs import apr
+    from decoding import SamplerConfig
     from harness.build import build
     from records import longest_context, sequential_tokens
-    from decoding import SamplerConfig
     from sampler import Sampler
     from train_state import init_params
 
     config = apr.get_config(args.preset).unlock()
     experiment: typing.Any = build(config)
+    domain = experiment.domain
     params = init_params(experiment.model, jax.random.key(0))
 
     def engine(rows: int) -> typing.Any:
@@ -196,7 +197,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
         demonstrator = dataclasses.replace(experiment.domain.demonstrator, **changes)
         found: list[typing.Any] = []
         for index in itertools.count():
-            rollout = solver.demonstration(experiment.domain.family, demonstrator, experiment.domain.task, "train", 0, index)
+            rollout = solver.demonstration(domain.family, demonstrator, domain.task, "train", 0, index)
             fits = longest_context(rollout.root) <= config.model.context
             if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
                 found.append(rollout)

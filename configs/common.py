@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "laptop": dict(
         problems=dict(count=3, low=1, high=20, target_low=10, target_high=50),
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
-        train=dict(rows=8, micro_rows=2, eval_every=1000, eval_problems=200),
-        optimizer=dict(steps=4000, learning_rate=3e-3, warmup_steps=200),
+        train=dict(rows=4, micro_rows=2, eval_every=500, eval_problems=200),
+        optimizer=dict(steps=7000, learning_rate=3e-3, warmup_steps=60),
         sampler=dict(rows=128, lanes=2, view=2048),
         evaluation=dict(problems=865),  # there are no more
     ),
@@ -96,7 +96,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
         init=f"pretrained/{method}" if preset == "desktop" else "",
         problems=p["problems"],
-        demonstrator=demonstrator(method, beam_high, sub_beam_high, spawn_probability),
+        demonstrator=demonstrator(method, preset, beam_high, sub_beam_high, spawn_probability),
         number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit
         model=dict(
             **p["model"],
@@ -133,15 +133,17 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
     return ConfigDict(config).lock()
 
 
-def demonstrator(method: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> dict[str, Any]:
+def demonstrator(
+    method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float
+) -> dict[str, Any]:
     """How demonstrations are made. Every field here seeds them."""
     return dict(
         method=method,
-        beam_low=1,
+        beam_low=1 if preset in LARGE else 2,  # a beam of 1 hands nothing out; a small model has no time for it
         beam_high=beam_high,
         sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
         spawn_probability=spawn_probability,  # that an expanded node is judged promising
-        condition=0.0,  # share of demonstrations that state their budget in the prompt
-        token_bin=512,  # granularity of SoS+'s token budget
+        condition=0.0 if method == "sos" else 0.5,  # share of demonstrations that state their budget in the prompt
+        token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
     )

@@ -240,7 +240,11 @@ def test_the_demonstrators_share_is_its_own(scripted):
     """Measured on fresh demonstrations, beam by beam: close to that of others of the beam, and the same each time."""
     problems = scripted.test_set() * 25
     beams = scripted.domain.demonstrators(problems, 512)
-    assert beams == scripted.domain.demonstrators(problems, 512) and [entry["beam"] for entry in beams] == [1, 2, 3]
+    assert beams == scripted.domain.demonstrators(problems, 512)
+    low, high = scripted.domain.demonstrator.beam
+    assert [entry["beam"] for entry in beams] == [*range(low, high + 1)]
+    assert all(entry["accuracy"] == entry["solved"] for entry in beams)  # all of them fit the context
+    assert [entry["children"] for entry in beams] == sorted(entry["children"] for entry in beams)
     for entry in beams:
         config = dataclasses.replace(scripted.domain.demonstrator, beam=(entry["beam"],) * 2)
         traces = [solver.demonstrate(problem, config, random.Random(1000 + i)) for i, problem in enumerate(problems)]
@@ -248,7 +252,11 @@ def test_the_demonstrators_share_is_its_own(scripted):
         share = sum(rollout.grade.correct for rollout in other) / len(other)
         assert entry["solved"] == pytest.approx(share, abs=0.12)  # four standard errors of the difference
         assert entry["children"] == pytest.approx(sum(len(r.threads()) - 1 for r in other) / len(other), rel=0.2)
-        assert scripted.domain.demonstrators(problems[:16], 1)[0]["accuracy"] == 0  # nothing fits a context of one id
+
+
+def test_a_demonstration_that_overruns_the_context_counts_as_wrong(scripted):
+    entries = scripted.domain.demonstrators(scripted.test_set(), 150)
+    assert entries[-1]["accuracy"] < entries[-1]["solved"]
 
 
 def test_the_demonstrator_at_equal_compute_is_interpolated_by_hand():
@@ -606,7 +614,7 @@ def test_more_problems_than_there_are_held_out_are_refused(smoke_run, command: C
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ({"evaluation.problems": (100000,)}, "100000 were asked for"),
+        ({"evaluation.problems": (61,)}, "only 60 problems for the heldout split, 61 were asked for"),
         ({"sampler.tempreature": (0.0,)}, "tempreature"),
         ({"sampler.temperature": ("warm",)}, "temperature"),
         ({"sampler.temperature": (-1.0,)}, "temperature"),

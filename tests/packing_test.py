@@ -164,19 +164,26 @@ def piece(length: int) -> Segment:
     return splice(Thread((), [Call(0, [P], [L] * (length - 1))]))
 
 
-def test_a_row_takes_what_waits_longest_and_then_the_longest_that_fits() -> None:
-    waiting = [piece(length) for length in (4, 7, 3, 5, 1, 6)]
-    assert [len(taken) for taken in take_row(waiting, 11)] == [4, 7]
-    assert [len(left) for left in waiting] == [3, 5, 1, 6]
-    assert [len(taken) for taken in take_row(waiting, 11)] == [3, 6, 1]
-    assert [len(left) for left in waiting] == [5]
+def test_a_row_takes_what_waits_longest_and_fills_the_rest_as_well_as_can_be() -> None:
+    waiting = [piece(length) for length in (4, 9, 3, 5, 6, 2, 7)]
+    assert [len(taken) for taken in take_row(waiting, 12)] == [4, 5, 3]  # not 6 + 2 or 7: these came later
+    assert [len(left) for left in waiting] == [9, 6, 2, 7]
+    assert [len(taken) for taken in take_row(waiting, 12)] == [9, 2]
+    assert [len(taken) for taken in take_row(waiting, 12)] == [6]
+    assert [len(left) for left in waiting] == [7]
 
 
-def test_a_row_sees_what_was_refilled_while_it_was_taken() -> None:
-    waiting, more = [piece(4)], iter([piece(5), piece(2), piece(1)])
-    taken = take_row(waiting, 10, lambda: waiting.extend([next(more)] if len(waiting) < 1 else []))
-    assert [len(taken_piece) for taken_piece in taken] == [4, 5]  # then 2 comes, which does not fit, and stays
-    assert [len(left) for left in waiting] == [2]
+def test_no_choice_of_pieces_fills_a_row_better() -> None:
+    random_ = random.Random(0)
+    for _ in range(100):
+        lengths = [random_.randint(2, 30) for _ in range(8)]
+        waiting = [piece(length) for length in lengths]
+        taken = [len(taken_piece) for taken_piece in take_row(waiting, 40)]
+        rest = lengths[1:]
+        sums = {sum(x for i, x in enumerate(rest) if chosen >> i & 1) for chosen in range(1 << len(rest))}
+        assert taken[0] == lengths[0]
+        assert sum(taken) == lengths[0] + max(x for x in sums if x <= 40 - lengths[0])
+        assert sorted(taken + [len(left) for left in waiting]) == sorted(lengths)
 
 
 def test_rows_are_laid_out_one_segment_after_another() -> None:

@@ -153,12 +153,15 @@ def demonstrated(config: ConfigDict, index: int) -> Rollout:
 
 
 def pieces(rollout: Rollout, length: int) -> list[list[Call]]:
-    """The calls of each segment: a thread's all in one if they fit a row side by side, else one by one."""
+    """The calls of each segment: a thread's all in one if they fit a row side by side, else one by one.
+
+    Where the context left no room to sample anything there is no segment.
+    """
     result = []
     for thread in rollout.threads():
         fits = sum(len(call.injected) + len(call.sampled) for call in thread.calls) <= length
         result += [thread.calls] if fits else [[call] for call in thread.calls]
-    return result
+    return [calls for calls in result if any(call.sampled for call in calls)]
 
 
 def calls_until(config: ConfigDict, cursor: dict) -> collections.Counter:
@@ -192,7 +195,7 @@ def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
 
 def test_some_demonstrations_here_spawn_join_and_overrun():
     """What the tests of this file see is worth testing."""
-    rollouts = [demonstrated(tiny_config(), index) for index in range(60)]
+    rollouts = [demonstrated(tiny_config(), index) for index in range(150)]
     fitting = [r for r in rollouts if records.longest_context(r.root) <= CONTEXT]
     assert 0 < len(fitting) < len(rollouts)
     assert any(len(rollout.root.spawns) > 1 for rollout in fitting)
@@ -208,12 +211,12 @@ def test_the_weights_of_every_batch_sum_to_one():
 
 
 def test_dropped_and_cut_demonstrations_are_counted():
-    lengths = [records.longest_context(demonstrated(tiny_config(), i).root) for i in range(200)]
     for overlong in ("drop", "cut"):
         stream = sft.DemonstrationStream(build(tiny_config(train__overlong=overlong)))
         for _ in range(4):
             stream.next()
-        assert stream.overlong == sum(length > CONTEXT for length in lengths[: stream.drawn]) > 0
+        roots = [demonstrated(tiny_config(), index).root for index in range(stream.drawn)]
+        assert stream.overlong == sum(records.longest_context(root) > CONTEXT for root in roots) > 0
 
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
