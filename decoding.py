@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from checks import Bound, Checked, at_least, require
 from model import Decoder, ModelConfig, Past
 
-ENOUGH = 4  # a burst ends when 1 / ENOUGH of its rows are done, decoding when 1 / ENOUGH of all are
+REFILL_ONE_IN = 4  # a burst ends when one in so many of its rows is done, decoding when one in so many of all is
 ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
 DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
@@ -34,9 +34,9 @@ class SamplerConfig(Checked):
 
     section = "sampler"
     rows: Annotated[int, at_least(1)]  # threads decoded side by side, over all devices of a process
-    burst: Annotated[int, at_least(1)]  # most decode steps per device call
-    bucket: Annotated[int, at_least(1)]  # histories are viewed in multiples of this many slots
-    view: Annotated[int, at_least(1)]  # most slots, rows x length, that a device call views; a CPU's cache holds few
+    steps_per_call: Annotated[int, at_least(1)]  # most decode steps per device call
+    length_bucket: Annotated[int, at_least(1)]  # histories are viewed in multiples of this many slots
+    max_gathered_slots: Annotated[int, at_least(1)]  # rows x length of a device call: few fit the cache of a CPU
     temperature: Annotated[float, at_least(0)]  # of the policy; 0 is greedy
     top_k: Annotated[int, at_least(0)]  # sample from the k most likely ids; 0 is off
     top_p: Annotated[float, Bound(lambda p: 0 < p <= 1, "above 0 and at most 1")]  # of the likely ids; 1 is off
@@ -88,7 +88,7 @@ def policy_logprobs(logits_BV: Array, temperature: float) -> Array:
     return jax.nn.log_softmax(logits_BV / (temperature or 1.0))
 
 
-def sampling_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
+def adjusted_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
     """Log-probs [B, V] of the distribution sampled from: the policy's top-k, and of those top-p. Ties stay in.
 
     `config.temperature` must not be 0. Ids outside the support have -inf.
@@ -107,7 +107,7 @@ def sampling_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
     return logp_BV
 
 
-def draw(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConfig) -> tuple[Array, Array]:
+def sample(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConfig) -> tuple[Array, Array]:
     """Samples one id per row; returns the ids and their log-probs under the policy, each [B].
 
     `key` is uint32 [B, 2], `number` the count of ids that the thread of the row has sampled before. The id is
@@ -117,7 +117,7 @@ def draw(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConfig
     if config.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return ids_B, _pick(logp_BV, ids_B)
-    p_BV = jnp.exp(sampling_logprobs(logits_BV, config))
+    p_BV = jnp.exp(adjusted_logprobs(logits_BV, config))
     # Rounding can leave the cumulative sum not quite monotone: ids of probability 0 are excluded explicitly.
     cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
     u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
@@ -181,18 +181,18 @@ def _decode_device(
     view = jax.tree.map(lambda x: _view(x, row_B, slots), history)
     old_BS = jnp.arange(slots)[None] < length_B[:, None]
     idle_B = limit_B == 0
-    enough = (jnp.sum(~idle_B) + ENOUGH - 1) // ENOUGH
+    enough = (jnp.sum(~idle_B) + REFILL_ONE_IN - 1) // REFILL_ONE_IN
 
     def going(burst: Burst) -> Array:
-        return (burst.step < config.burst) & (jnp.sum(burst.done_B & ~idle_B) < enough)
+        return (burst.step < config.steps_per_call) & (jnp.sum(burst.done_B & ~idle_B) < enough)
 
     def step(burst: Burst) -> Burst:
-        visible_BI = jnp.broadcast_to(jnp.arange(config.burst) < burst.step, burst.ids_BI.shape)
+        visible_BI = jnp.broadcast_to(jnp.arange(config.steps_per_call) < burst.step, burst.ids_BI.shape)
         tokens_B1 = burst.token_B[:, None]
         positions_B1 = length_B[:, None] + burst.step
         past = view.past(old_BS), burst.tail.past(visible_BI)
         logits, new = model.apply({"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), past)
-        ids_B, logp_B = draw(logits[:, 0], key_B2, drawn_B + burst.step, config)
+        ids_B, logp_B = sample(logits[:, 0], key_B2, drawn_B + burst.step, config)
         # The value is always burst.step. Depending on the ids makes XLA write the tail in place, after all reads.
         column = jnp.where(ids_B[0] < 0, 0, burst.step)
         count_B = burst.count_B + ~burst.done_B
@@ -213,9 +213,9 @@ def _decode_device(
         _zeros((B,), jnp.int32),
         idle_B,
         token_B,
-        jax.tree.map(lambda x: _zeros((*x.shape[:2], config.burst, x.shape[3]), x.dtype), view),
-        _zeros((B, config.burst), jnp.int32),
-        _zeros((B, config.burst), jnp.float32),
+        jax.tree.map(lambda x: _zeros((*x.shape[:2], config.steps_per_call, x.shape[3]), x.dtype), view),
+        _zeros((B, config.steps_per_call), jnp.int32),
+        _zeros((B, config.steps_per_call), jnp.float32),
     )
     end = jax.lax.while_loop(going, step, start)
     history = jax.tree.map(lambda x, tail: _write(x, row_B, length_B, tail), history, end.tail)

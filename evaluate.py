@@ -8,7 +8,7 @@
     python evaluate.py --config.sampler.temperature=1.0   # any field of the run's own config can be set
         --config.evaluation.samples=8                     # ... eight samples a problem: pass@k and cons@k
         --config.evaluation.concurrent=1                  # ... one at a time: latency
-        --config.limits.extensions=2                      # ... budget forcing
+        --config.limits.min_budget_rounds=2                      # ... budget forcing
     python evaluate.py --sweep=configs/sweep.py           # many runs x budgets x temperatures, resumable
         --config.evaluation.problems=100                  # ... any field, of all of them
 
@@ -79,10 +79,10 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
     """Solves one problem and prints every call as it stops, then the verdict."""
     parts = pool.parts
 
-    def watch(thread: Thread) -> None:
+    def on_call(thread: Thread) -> None:
         print(show_call(thread, len(thread.calls) - 1, parts.domain.language), flush=True)
 
-    runtime = pool.runtimes(params, parts.sampler.temperature, watch)[0]
+    runtime = pool.runtimes(params, parts.sampler.temperature, on_call)[0]
     rollout = runtime.run([Request(problem)], seed=(parts.evaluation.seed,))[0]
     verdict = "right" if rollout.grade.correct else f"wrong: {rollout.grade.reason}"
     print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")

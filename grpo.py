@@ -12,7 +12,7 @@ One step:
   4. attach to the segments of every thread its advantage and the weights of its tokens, computed once over the whole
      batch (`objective.AGGREGATES`), so that micro-batches cannot mix or rescale groups; then pack them;
   5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`. The first one tells how far the
-     trainer's log-probs are from the sampler's (`mismatch`).
+     trainer's log-probs are from the sampler's (`sampler_trainer_gap`).
 
 `objective.py` has the formulas. The paper's objective is the `paper` preset.
 
@@ -43,10 +43,10 @@ from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, load_best, read_config
 from objective import ADVANTAGES, AGGREGATES, GrpoConfig, Totals, grpo_loss, reward
-from packing import Segment, TokenBatch, lay_out, pack, pad_rows, places, segments, split
+from packing import Segment, TokenBatch, lay_out, pack, pad_microbatches, places, segments, to_microbatches
 from protocols import Request
 from records import Rollout
-from train_state import TrainState, make_score, make_train_step, placed_state
+from train_state import TrainState, make_score, make_train_step, state_from_params
 
 REFILL_ROUNDS = 4  # draws of fresh problems before a step goes on with the groups it has
 
@@ -60,7 +60,7 @@ class Collected(typing.NamedTuple):
     rewards: np.ndarray
     advantages: np.ndarray
 
-    def live(self) -> Collected:
+    def with_signal(self) -> Collected:
         """Without the groups of equal rewards."""
         alive = np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
         return Collected([self.groups[i] for i in alive], self.rewards[alive], self.advantages[alive])
@@ -103,7 +103,7 @@ def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list
     return pieces
 
 
-def mismatch(batch: TokenBatch, trainer: np.ndarray, rows: Sequence[Sequence[Segment]]) -> dict[str, float]:
+def sampler_trainer_gap(batch: TokenBatch, trainer: np.ndarray, rows: Sequence[Sequence[Segment]]) -> dict[str, float]:
     """Largest |sampler - trainer| log-prob over the sampled ids of parents, children, and calls after a join.
 
     `batch` [M, R, T] of the `rows` holds the sampler's log-probs, `trainer` [M, R, T] the trainer's.
@@ -116,7 +116,7 @@ def mismatch(batch: TokenBatch, trainer: np.ndarray, rows: Sequence[Sequence[Seg
         largest[kind] = max(largest[kind], values[calls <= 0].max())
         if (calls > 0).any():
             largest["joined"] = max(largest["joined"], values[calls > 0].max())
-    return {f"mismatch_{kind}": float(value) for kind, value in largest.items()}
+    return {f"sampler_trainer_gap_{kind}": float(value) for kind, value in largest.items()}
 
 
 def describe(collected: Collected) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Trainer:
         values = describe(collected) | {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
         values["rollout_seconds"] = rolled - began
         if config.dead_groups != "keep":
-            collected = collected.live()
+            collected = collected.with_signal()
         return self._update(state, collected, values) if collected.groups else (state, values)
 
     def _update(
@@ -180,8 +180,8 @@ class Trainer:
         config, context = self.config, self.parts.model.config.context
         began = time.perf_counter()
         rows_per_pass = self.parts.config.train.micro_rows * self.parts.devices
-        rows = pad_rows(pack(make_segments(collected, config, context), context), rows_per_pass)
-        drawn = split(lay_out(rows, context), rows_per_pass)  # with the sampler's log-probs
+        rows = pad_microbatches(pack(make_segments(collected, config, context), context), rows_per_pass)
+        drawn = to_microbatches(lay_out(rows, context), rows_per_pass)  # with the sampler's log-probs
         packed = time.perf_counter()
         batch = self._scored(state, drawn)
         scored = time.perf_counter()
@@ -190,7 +190,7 @@ class Trainer:
             state, metrics, _ = self.train_step(state, batch)
         metrics, trainer = jax.device_get((metrics, trainer))
         tokens = max(metrics["tokens"], 1)
-        values |= mismatch(drawn, trainer, rows)
+        values |= sampler_trainer_gap(drawn, trainer, rows)
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
         values["clip_share"] = float(metrics["clipped"] / tokens)
         if config.kl_weight:  # else nothing knows the reference's log-probs
@@ -204,9 +204,9 @@ class Trainer:
         config, sampler = self.config, batch.old_logp
         if config.old_logp == "trainer":
             batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))
-        if config.importance_cap:
+        if config.tis_cap:
             ratio = np.exp(np.where(batch.sampled, batch.old_logp - sampler, 0))
-            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.importance_cap))
+            batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.tis_cap))
         reference = np.asarray(self.score(self.reference, batch)) if config.kl_weight else batch.old_logp
         return batch._replace(ref_logp=reference)
 
@@ -219,18 +219,18 @@ class Trainer:
         """Reward, accuracy, costs and drift."""
         if "loss" not in values:
             return f"reward {values['reward']:.3f}  no group with a signal"
-        worst = max(values[f"mismatch_{kind}"] for kind in ("parent", "child", "joined"))
+        worst = max(values[f"sampler_trainer_gap_{kind}"] for kind in ("parent", "child", "joined"))
         drift = f"KL {values['kl']:.4f}  " if "kl" in values else ""
         return (
             f"reward {values['reward']:.3f}  accuracy {values['sampled_accuracy']:.3f}  "
             f"threads {values['children']:.1f}  tokens {values['total_tokens']:.0f}  {drift}"
-            f"clipped {values['clip_share']:.3f}  mismatch {worst:.0e}"
+            f"clipped {values['clip_share']:.3f}  sampler_trainer_gap {worst:.0e}"
         )
 
 
 def train(pool: RolloutPool, workdir: Workdir, reference: typing.Any) -> None:
     """Runs or resumes reinforcement learning from the parameters `reference`."""
-    state = placed_state(pool.parts.optimizer, pool.parts.mesh, reference)
+    state = state_from_params(pool.parts.optimizer, pool.parts.mesh, reference)
     copy = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
     loop.train(pool, workdir, Trainer(pool, copy), state)
 
@@ -263,7 +263,7 @@ def combine(start: pathlib.Path, recipe: ConfigDict) -> ConfigDict:
     supervised = combined.name.removesuffix(recipe.suffix)
     with combined.unlocked():
         combined.seed, combined.grpo = recipe.seed, recipe.grpo
-        for section in ("optimizer", "train", "sampler", "prompt", "limits", "evaluation", "mesh"):
+        for section in ("optimizer", "train", "sampler", "budget", "limits", "evaluation", "mesh"):
             if section in recipe and section in combined:
                 combined[section].update(recipe[section])
         combined.name = f"{recipe.name}-{supervised}{recipe.suffix}"

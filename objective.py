@@ -31,7 +31,7 @@ import records
 from checks import Checked, above, at_least, one_of, require
 from packing import TokenBatch
 from records import Rollout
-from train_state import LossFn, Outputs
+from train_state import LossFn, TokenStats
 
 # ------------------------------------------------------------------- advantages of rewards [P, G] within their groups
 
@@ -131,7 +131,7 @@ class GrpoConfig(Checked):
     aggregate: Annotated[str, one_of(*AGGREGATES)]
     rollout_constant: Annotated[float, above(0)]  # ids that "rollout" divides by
     old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
-    importance_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
+    tis_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
     dead_groups: Annotated[str, one_of("keep", "drop", "refill")]  # groups of equal rewards
     acceleration: float
     acceleration_cap: float
@@ -141,8 +141,8 @@ class GrpoConfig(Checked):
 
     def check(self) -> None:
         """Checks the importance weights."""
-        ours = not self.importance_cap or self.old_logp == "trainer"
-        require(ours, "grpo.importance_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
+        ours = not self.tis_cap or self.old_logp == "trainer"
+        require(ours, "grpo.tis_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
 
 
 # ------------------------------------------------------------------- reward
@@ -173,7 +173,7 @@ def reward(rollout: Rollout, config: GrpoConfig) -> float:
 def grpo_loss(config: GrpoConfig) -> LossFn:
     """The clipped objective with a penalty towards the reference (module header), per token [R, T]."""
 
-    def loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+    def loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
         ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
         clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
         policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)

@@ -217,7 +217,7 @@ def lay_out(rows: Sequence[Sequence[Segment]], length: int) -> TokenBatch:
     return batch
 
 
-def pad_rows(rows: list[list[Segment]], micro_rows: int) -> list[list[Segment]]:
+def pad_microbatches(rows: list[list[Segment]], micro_rows: int) -> list[list[Segment]]:
     """Rows with empty ones behind them, so that they make 1, 2, 4, 8, ... micro-batches of `micro_rows` rows.
 
     Few numbers of micro-batches mean few compilations. Empty micro-batches are skipped and cost nothing.
@@ -226,7 +226,7 @@ def pad_rows(rows: list[list[Segment]], micro_rows: int) -> list[list[Segment]]:
     return rows + [[]] * ((1 << (count - 1).bit_length()) * micro_rows - len(rows))
 
 
-def split(batch: TokenBatch, micro_rows: int) -> TokenBatch:
+def to_microbatches(batch: TokenBatch, micro_rows: int) -> TokenBatch:
     """A batch [R, T] as micro-batches [R / micro_rows, micro_rows, T]."""
     return TokenBatch(*(field.reshape(-1, micro_rows, field.shape[-1]) for field in batch))
 

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 from checks import Checked, at_least
-from protocols import Engine, Fill, ForcedTask, MalformedSpawn, Request, Stopped, Task
+from protocols import Completion, Engine, ForcedTask, MalformedSpawn, PrefillRequest, Request, Task
 from records import (
     CHILDREN,
     CONTEXT,
@@ -64,8 +64,8 @@ class Limits(Checked):
     depth: Annotated[int, at_least(0)]  # of nesting; 0 forbids spawning, 1 is the paper's
     thread_tokens: Annotated[int, at_least(1)]  # sampled ids per thread
     rollout_tokens: Annotated[int, at_least(1)]  # sampled ids per rollout; the children of a spawn share the rest
-    answer_tokens: Annotated[int, at_least(0)] = 0  # for the forced answer of a root that reached thread_tokens
-    extensions: Annotated[int, at_least(0)] = 0  # times that a root which gives up must continue
+    forced_answer_tokens: Annotated[int, at_least(0)] = 0  # for the forced answer of a root that reached thread_tokens
+    min_budget_rounds: Annotated[int, at_least(0)] = 0  # times that a root which gives up must continue
 
 
 JOINED, CHILD, NEW = range(3)  # threads take rows in this order
@@ -85,7 +85,7 @@ class _Live:
     cached: int = 0  # ids of the thread that its row holds
     pending: int = 0  # children that have not ended
     rewind: int = 0  # where the spawn block starts whose children it waits for
-    answer_tokens: int = 0  # granted beyond thread_tokens, once it is made to answer
+    forced_answer_tokens: int = 0  # granted beyond thread_tokens, once it is made to answer
     extended: int = 0  # times it was made to continue
 
     def priority(self) -> tuple:
@@ -120,12 +120,12 @@ class Runtime:
     engine: Engine
     task: Task
     limits: Limits
-    watch: Callable[[Thread], None] | None = None  # called with a thread whenever a call of it has stopped
+    on_call: Callable[[Thread], None] | None = None  # called with a thread whenever a call of it has stopped
     evictions: int = 0  # waiting parents that lost their row, over all runs
 
     def run(self, requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
         """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
-        return side_by_side([self], requests, seed)
+        return run_on_workers([self], requests, seed)
 
     def start(self, requests: Sequence[Request], seed: Sequence[int]) -> Run:
         """A run of these requests that has not decoded yet. Raises ValueError if a prompt fills the context."""
@@ -176,7 +176,7 @@ class Run:
         heapq.heappush(self.ready, (live.priority(), live))
         return live
 
-    def _schedule(self) -> list[Fill]:
+    def _schedule(self) -> list[PrefillRequest]:
         """Gives rows to ready threads, best first, until rows run out."""
         fills = []
         while self.ready:
@@ -190,7 +190,7 @@ class Run:
                 continue
             assert live.row is not None
             ids = live.thread.ids()
-            fills.append(Fill(live.row, live.cached, ids[live.cached :], live.key, live.sampled(), limit))
+            fills.append(PrefillRequest(live.row, live.cached, ids[live.cached :], live.key, live.sampled(), limit))
             self.active[live.row] = live
             self.started.setdefault(live.number, time.monotonic())
         return fills
@@ -199,7 +199,7 @@ class Run:
         """How many ids the thread may sample now, and the bound that says so."""
         return min(
             (self.engine.context - len(live.thread.ids()), CONTEXT),
-            (self.limits.thread_tokens + live.answer_tokens - live.sampled(), THREAD_TOKENS),
+            (self.limits.thread_tokens + live.forced_answer_tokens - live.sampled(), THREAD_TOKENS),
             (live.allowance - total_tokens(live.thread), ROLLOUT_TOKENS),
             key=lambda bound: bound[0],
         )
@@ -228,7 +228,7 @@ class Run:
 
     # -- what happens to a thread
 
-    def _stopped(self, live: _Live, stopped: Stopped) -> None:
+    def _stopped(self, live: _Live, stopped: Completion) -> None:
         """Records what a row sampled and decides how its thread goes on."""
         _, reason = self._room(live)
         call = live.thread.calls[-1]
@@ -267,8 +267,8 @@ class Run:
 
     def _call_stopped(self, thread: Thread, reason: str) -> None:
         thread.calls[-1].stop = reason
-        if self.runtime.watch:
-            self.runtime.watch(thread)
+        if self.runtime.on_call:
+            self.runtime.on_call(thread)
 
     def _end(self, live: _Live, reason: str) -> None:
         """Ends a thread and frees its row. After the last child its parent goes on. A root may be forced on."""
@@ -297,12 +297,12 @@ class Run:
     def _forced(self, live: _Live) -> tuple[int, list[int]] | None:
         """How a root that has stopped goes on by budget forcing; None if it does not."""
         ids, task = live.thread.ids(), typing.cast(ForcedTask, self.task)
-        if live.thread.stop == THREAD_TOKENS and self.limits.answer_tokens and not live.answer_tokens:
-            live.answer_tokens = self.limits.answer_tokens
-            return task.answer(self.requests[live.number].problem, ids)
-        if live.thread.stop == END and live.extended < self.limits.extensions:
+        if live.thread.stop == THREAD_TOKENS and self.limits.forced_answer_tokens and not live.forced_answer_tokens:
+            live.forced_answer_tokens = self.limits.forced_answer_tokens
+            return task.force_answer(self.requests[live.number].problem, ids)
+        if live.thread.stop == END and live.extended < self.limits.min_budget_rounds:
             live.extended += 1
-            return task.extend(ids)
+            return task.force_continue(ids)
         return None
 
     def _finish(self, live: _Live) -> None:
@@ -312,15 +312,15 @@ class Run:
         self.done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
 
 
-def side_by_side(
+def run_on_workers(
     runtimes: Sequence[Runtime],
     requests: Sequence[Request],
     seed: Sequence[int],
-    tell: Callable[[], None] | None = None,
+    on_rollout: Callable[[], None] | None = None,
 ) -> list[Rollout]:
     """All rollouts, in the order of `requests`. Each runtime runs an equal share in its own host thread.
 
-    `tell` is called after each rollout. Raises Interrupted, with the rollouts that are done, on Ctrl-C, and
+    `on_rollout` is called after each rollout. Raises Interrupted, with the rollouts that are done, on Ctrl-C, and
     whatever a runtime raises.
     """
     finished: dict[int, Rollout] = {}
@@ -330,8 +330,8 @@ def side_by_side(
         share = requests[first :: len(runtimes)]
         for number, rollout in runtimes[first].stream(share, seed):
             finished[first + number * len(runtimes)] = rollout
-            if tell:
-                tell()
+            if on_rollout:
+                on_rollout()
             if leave.is_set():
                 return
 

@@ -37,7 +37,7 @@ class Spawn:
 class Task(typing.Protocol):
     """What the runtime needs of a task. All text is ids.
 
-    `answer` and `extend` are needed only for budget forcing (`Limits.answer_tokens`, `Limits.extensions`).
+    Budget forcing (`Limits.forced_answer_tokens`, `Limits.min_budget_rounds`) needs a `ForcedTask`.
     """
 
     @property
@@ -64,32 +64,32 @@ class Task(typing.Protocol):
 class ForcedTask(Task, typing.Protocol):
     """A task that allows budget forcing. Both methods return (number of ids to keep, ids to append)."""
 
-    def answer(self, problem: typing.Any, ids: Sequence[int]) -> tuple[int, list[int]]:
+    def force_answer(self, problem: typing.Any, ids: Sequence[int]) -> tuple[int, list[int]]:
         """Makes a root answer that a bound cut at `ids`. Appends at least one id."""
 
-    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
+    def force_continue(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
         """Makes a root continue that ended with `ids`. None if it has answered or nothing is left to try."""
 
 
 @dataclasses.dataclass
-class Fill:
+class PrefillRequest:
     """Work for one row: rewind it to its first `keep` ids, append `ids` (at least one), then sample.
 
-    `key` and `drawn` (the number of ids that the thread has sampled so far) fix the random draws of the
-    thread. The row stops after at most `limit` (at least 1) sampled ids.
+    `key` and `num_sampled` (the number of ids that the thread has sampled so far) fix the random draws of
+    the thread. The row stops after at most `max_new_tokens` (at least 1) sampled ids.
     """
 
     row: int
     keep: int
     ids: list[int]
     key: tuple[int, int]
-    drawn: int
-    limit: int
+    num_sampled: int
+    max_new_tokens: int
 
 
 @dataclasses.dataclass
-class Stopped:
-    """A row that sampled a stop id or reached its limit, with what it sampled since its `Fill`.
+class Completion:
+    """A row that sampled a stop id or reached its limit, with what it sampled since its `PrefillRequest`.
 
     `logprobs` are those of the policy at the temperature of the sampler, before top-k and top-p.
     """
@@ -109,10 +109,10 @@ class Engine(typing.Protocol):
     def reset(self) -> None:
         """Stops every row."""
 
-    def prefill(self, fills: list[Fill]) -> None:
+    def prefill(self, fills: list[PrefillRequest]) -> None:
         """Starts rows."""
 
-    def decode(self) -> list[Stopped]:
+    def decode(self) -> list[Completion]:
         """Samples until some rows have stopped, and returns those."""
 
 

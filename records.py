@@ -2,7 +2,7 @@
 
 A demonstration of a symbolic solver and a rollout of the model are the same record. A `Rollout` is a
 problem and a tree of `Thread`s. A thread is a list of `Call`s, one per uninterrupted decode. Training,
-metrics, grading and pictures read the record and cannot tell who wrote it.
+metrics, grading and pictures read the record and cannot on_rollout who wrote it.
 
 This module knows nothing of JAX and nothing of any task.
 """

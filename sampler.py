@@ -8,11 +8,11 @@ every row. Every device call is a pure function of both (`decoding.py`).
            2. Feed the ids that are not cached yet, except the last one, in chunks of a few fixed lengths,
               several rows per call. Nothing else is fed.
   decode   3. Part the active rows into groups of similar length that fit the cache of a CPU. Gather the
-              histories of a group into a *view*, as long as the longest row, in steps of `bucket` slots.
+              histories of a group into a *view*, as long as the longest row, in steps of `length_bucket` slots.
               So compute follows the active rows and their lengths, not the number of rows and the context.
            4. Burst: a `while_loop` feeds each row its last id and samples the next one. New keys and values
               go into a *tail* that all rows write at the same column, which is cheap. Attention reads view
-              and tail. A row is done at a stop id or at its limit. The burst ends after `burst` steps, or
+              and tail. A row is done at a stop id or at its limit. The burst ends after `steps_per_call` steps, or
               when a quarter of its rows are done.
            5. Flush the tail into the histories, each row at its own length.
            6. The host reads the ids of one group while the next one decodes. It repeats until a quarter of
@@ -52,9 +52,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from decoding import DECODE_COLUMNS, ENOUGH, PREFILL_COLUMNS, ROWS, Cache, SamplerConfig, compiled
+from decoding import DECODE_COLUMNS, PREFILL_COLUMNS, REFILL_ONE_IN, ROWS, Cache, SamplerConfig, compiled
 from model import Decoder
-from protocols import Fill, Stopped
+from protocols import Completion, PrefillRequest
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
 PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
@@ -66,10 +66,10 @@ class _Row:
 
     ids: list[int] = dataclasses.field(default_factory=list)
     cached: int = 0
-    limit: int = 0  # ids that may still be drawn; 0 is inactive
+    max_new_tokens: int = 0  # ids that may still be sampled; 0 is inactive
     key: tuple[int, int] = (0, 0)
-    drawn: int = 0
-    drew: Stopped = dataclasses.field(default_factory=lambda: Stopped(0, [], []))  # since its last fill
+    num_sampled: int = 0  # by its thread
+    drew: Completion = dataclasses.field(default_factory=lambda: Completion(0, [], []))  # since its last fill
 
 
 class Sampler:
@@ -92,8 +92,8 @@ class Sampler:
         config.fit(model.config, self.devices)
         self.model, self.config = model, config
         self.per_device = self.rows // self.devices
-        self.row_buckets = _doubling(self.per_device)
-        self.slot_buckets = _two_bits(config.bucket, self.context)
+        self.row_buckets = _row_buckets(self.per_device)
+        self.slot_buckets = _length_buckets(config.length_bucket, self.context)
         self.prefill_lengths = tuple(sorted({min(length, self.context) for length in PREFILL_LENGTHS}))
         self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
         # Ids fed (prefill_tokens) and drawn (decode_tokens), decode_steps, steps x rows that were computed
@@ -108,7 +108,7 @@ class Sampler:
     def _empty(self) -> Cache:
         c = self.model.config
         # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
-        slots = self.slot_buckets[-1] + max(self.config.burst, self.prefill_lengths[-1])
+        slots = self.slot_buckets[-1] + max(self.config.steps_per_call, self.prefill_lengths[-1])
         shape = (self.rows, c.kv_heads, slots, c.head_width)
         zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
         return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
@@ -133,7 +133,7 @@ class Sampler:
         self._history, drawn = self._decode(self._params, self._history, *self._put(rows), slots=slots)
         return drawn
 
-    def prefill(self, fills: list[Fill]) -> None:
+    def prefill(self, fills: list[PrefillRequest]) -> None:
         """Sets rows going: each is rewound to its first `keep` ids and extended by `ids`.
 
         Raises ValueError if there is no such row, if it has not stopped, if it has fewer ids than it is to
@@ -146,30 +146,36 @@ class Sampler:
             row = self._rows[fill.row]
             row.ids = row.ids[: fill.keep] + fill.ids
             row.cached = min(row.cached, fill.keep)
-            row.limit, row.key, row.drawn = min(fill.limit, self.context - len(row.ids)), fill.key, fill.drawn
-            row.drew = Stopped(fill.row, [], [])
-        while waiting := [fill.row for fill in fills if self._lacking(fill.row)]:
+            row.max_new_tokens, row.key, row.num_sampled = (
+                min(fill.max_new_tokens, self.context - len(row.ids)),
+                fill.key,
+                fill.num_sampled,
+            )
+            row.drew = Completion(fill.row, [], [])
+        while waiting := [fill.row for fill in fills if self._uncached(fill.row)]:
             self._feed(*self._group(waiting))
         self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)
 
-    def _check(self, fill: Fill) -> None:
+    def _check(self, fill: PrefillRequest) -> None:
         if not 0 <= fill.row < self.rows:
             raise ValueError(f"there is no row {fill.row} of {self.rows}")
         length = len(self._rows[fill.row].ids)
         if not 0 <= fill.keep <= length:
             raise ValueError(f"row {fill.row} has {length} ids and cannot keep {fill.keep}")
-        if self._rows[fill.row].limit:
+        if self._rows[fill.row].max_new_tokens:
             raise ValueError(f"row {fill.row} has not stopped yet")
-        if not fill.ids or fill.limit < 1:
-            raise ValueError(f"a fill needs ids ({len(fill.ids)} given) and a limit of at least 1 ({fill.limit} given)")
+        if not fill.ids or fill.max_new_tokens < 1:
+            raise ValueError(
+                f"a fill needs ids ({len(fill.ids)} given) and a limit of at least 1, not {fill.max_new_tokens}"
+            )
         if fill.keep + len(fill.ids) >= self.context:
             raise ValueError(f"{fill.keep} + {len(fill.ids)} ids leave no room to draw in a context of {self.context}")
 
-    def _lacking(self, number: int) -> int:
+    def _uncached(self, number: int) -> int:
         return len(self._rows[number].ids) - 1 - self._rows[number].cached
 
     def _chunk(self, number: int) -> int:
-        return _fit(self.prefill_lengths, min(self._lacking(number), self.prefill_lengths[-1]))
+        return _fit(self.prefill_lengths, min(self._uncached(number), self.prefill_lengths[-1]))
 
     def _group(self, waiting: list[int]) -> tuple[list[int], int, int]:
         """Rows to feed in one call, how many that call takes per device, and how many ids of each."""
@@ -211,13 +217,13 @@ class Sampler:
     def _put(self, *arrays: np.ndarray) -> typing.Any:
         return jax.device_put(arrays, NamedSharding(self.mesh, ROWS))
 
-    def decode(self) -> list[Stopped]:
+    def decode(self) -> list[Completion]:
         """Bursts until a quarter of the active rows have stopped; returns those, in order. No active row: []."""
-        started = active = [number for number, row in enumerate(self._rows) if row.limit]
-        while ENOUGH * (len(started) - len(active)) < len(started):  # one that has stopped costs nothing meanwhile
+        started = active = [number for number, row in enumerate(self._rows) if row.max_new_tokens]
+        while REFILL_ONE_IN * (len(started) - len(active)) < len(started):  # a stopped row costs nothing meanwhile
             self._bursts(active)
-            active = [number for number in active if self._rows[number].limit]
-        return [self._rows[number].drew for number in started if not self._rows[number].limit]
+            active = [number for number in active if self._rows[number].max_new_tokens]
+        return [self._rows[number].drew for number in started if not self._rows[number].max_new_tokens]
 
     def _bursts(self, active: list[int]) -> None:
         """A burst of every active row, group by group, and what they drew."""
@@ -228,7 +234,7 @@ class Sampler:
             count, *outputs = jax.device_get(drawn)  # the next groups decode while this one is booked
             returned = time.perf_counter()
             for place, number in order:
-                self._book(number, count[place], *(x[place] for x in outputs))
+                self._record(number, count[place], *(x[place] for x in outputs))
             self.counters["decode_steps"] += int(count.max())
             self.counters["row_steps"] += int(count.max()) * size
             self.counters["decode_tokens"] += int(count.sum())
@@ -243,14 +249,14 @@ class Sampler:
         ]
         while left := [rows for rows in devices if rows]:
             slots = _fit(self.slot_buckets, max(self._rows[rows[-1]].cached for rows in left))
-            group = [rows[-self._most(slots) :] for rows in left]
+            group = [rows[-self._rows_per_call(slots) :] for rows in left]
             for rows, taken in zip(left, group, strict=True):
                 del rows[-len(taken) :]
             yield [n for taken in group for n in taken], _fit(self.row_buckets, max(map(len, group))), slots
 
-    def _most(self, slots: int) -> int:
+    def _rows_per_call(self, slots: int) -> int:
         """How many rows of this length one call takes per device."""
-        return max([size for size in self.row_buckets if size * slots <= self.config.view] or [1])
+        return max([size for size in self.row_buckets if size * slots <= self.config.max_gathered_slots] or [1])
 
     def _decode_call(
         self, numbers: list[int], size: int, slots: int
@@ -259,17 +265,17 @@ class Sampler:
         rows, order = self._layout(numbers, size, len(DECODE_COLUMNS))
         for place, number in order:
             row = self._rows[number]
-            rows[place, 1:5] = row.cached, row.ids[-1], row.drawn, row.limit
+            rows[place, 1:5] = row.cached, row.ids[-1], row.num_sampled, row.max_new_tokens
             rows[place, 5:] = np.asarray(row.key, np.uint32).view(np.int32)
         return len(rows), order, self._run_decode(rows, slots)
 
-    def _book(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray) -> None:
+    def _record(self, number: int, count: int, ids: np.ndarray, logp: np.ndarray) -> None:
         """Notes what a row has drawn; one that has stopped gets the limit 0."""
         row, new = self._rows[number], ids[:count].tolist()
         row.ids += new
         row.cached += len(new)
-        row.drawn += len(new)
-        row.limit = 0 if new and new[-1] in self._stop_ids else row.limit - len(new)
+        row.num_sampled += len(new)
+        row.max_new_tokens = 0 if new and new[-1] in self._stop_ids else row.max_new_tokens - len(new)
         row.drew.ids += new
         row.drew.logprobs += logp[:count].tolist()
 
@@ -278,12 +284,12 @@ def _fit(buckets: Sequence[int], needed: int) -> int:
     return next(bucket for bucket in buckets if bucket >= needed)
 
 
-def _doubling(last: int) -> tuple[int, ...]:
+def _row_buckets(last: int) -> tuple[int, ...]:
     """1, 4, 8, 16, ... and last: a step of two rows costs what one of four does."""
     return (*(1 << i for i in range((last - 1).bit_length()) if i != 1), last)
 
 
-def _two_bits(unit: int, last: int) -> tuple[int, ...]:
+def _length_buckets(unit: int, last: int) -> tuple[int, ...]:
     """1, 2, 3, 4, 6, 8, 12, 16, ... times unit, up to the first that is not below `last`: a third is wasted at most."""
     buckets = [unit]
     while buckets[-1] < last:

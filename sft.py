@@ -3,7 +3,7 @@
     python sft.py --config=configs/apr.py                 # trains, evaluates, shows a solved problem
     python sft.py --config=configs/apr.py:smoke           # the same path in under a minute
     python sft.py --config=configs/sosp.py --config.optimizer.steps=1000 --workdir=runs/short
-    python sft.py --config.init=pretrained/apr --config.threads.join=text --workdir=runs/text    # from another run
+    python sft.py --config.init=pretrained/apr --config.threads.child_returns=text --workdir=runs/text
     python sft.py --config=examples/products.py           # another task
 
   1. Draw demonstrations on the fly: number i of a run is fixed by (seed, i).
@@ -37,15 +37,15 @@ from harness.evaluation import report
 from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
-from packing import Segment, TokenBatch, lay_out, split, take_row
+from packing import Segment, TokenBatch, lay_out, take_row, to_microbatches
 from records import longest_context
-from train_state import Outputs, TrainState, init_state, make_train_step, placed_state
+from train_state import TokenStats, TrainState, make_train_step, state_from_key, state_from_params
 
-MOST_LOST = 1000  # demonstrations in a row that may be too long before the config is called hopeless
+MAX_CONSECUTIVE_OVERLONG = 1000  # demonstrations in a row that may be too long before the config is called hopeless
 LOOK_AHEAD = 256  # segments that wait to be packed: enough to leave almost no token of a row unused
 
 
-def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+def sft_loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     """Negative log-likelihood of the sampled ids, [R, T]; `batch.weight` is 1 / (sampled ids of the whole batch)."""
     return -batch.weight * out.logp, {}
 
@@ -106,7 +106,7 @@ class DemonstrationStream:
             self._waiting += [Waiting(self.drawn, piece, segment) for piece, segment in enumerate(segments)]
             self.drawn, self.overlong = self.drawn + 1, self.overlong + too_long
             lost = 0 if segments else lost + 1
-            if lost == MOST_LOST:
+            if lost == MAX_CONSECUTIVE_OVERLONG:
                 raise ValueError(f"none of {lost} demonstrations in a row fits model.context={self.context}: raise it")
 
     def next(self) -> TokenBatch:
@@ -118,7 +118,7 @@ class DemonstrationStream:
             self._refill()
         self.used = sum(map(len, itertools.chain(*rows))) / (count * self.context)
         batch = lay_out([[waiting.segment for waiting in row] for row in rows], self.context)
-        return split(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)
+        return to_microbatches(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)
 
 
 class Imitation:
@@ -147,7 +147,7 @@ class Imitation:
 
     def summary(self, pending: list[dict[str, float]], seconds: float) -> loop.Values:
         """Means over the steps, and throughput."""
-        names = ("loss", "accuracy", "entropy", "grad_norm")
+        names = ("loss", "token_accuracy", "entropy", "grad_norm")
         values = {name: sum(m[name] for m in pending) / len(pending) for name in names}
         tokens = len(pending) * self.parts.train.rows * self.parts.model.config.context
         values["tokens_per_second"] = tokens / seconds
@@ -159,16 +159,16 @@ class Imitation:
     def line(self, values: loop.Values) -> str:
         """Loss, token accuracy and throughput."""
         rate = f"{values['tokens_per_second']:,.0f} tokens/s"
-        return f"loss {values['loss']:.4f}  token accuracy {values['accuracy']:.4f}  {rate}"
+        return f"loss {values['loss']:.4f}  token accuracy {values['token_accuracy']:.4f}  {rate}"
 
 
 def train(pool: RolloutPool, workdir: Workdir, start_params: typing.Any = None) -> None:
     """Runs or resumes supervised training, from random parameters unless others are given."""
     parts = pool.parts
     if start_params is None:
-        state = init_state(parts.model, parts.optimizer, parts.mesh, jax.random.key(parts.config.seed))
+        state = state_from_key(parts.model, parts.optimizer, parts.mesh, jax.random.key(parts.config.seed))
     else:
-        state = placed_state(parts.optimizer, parts.mesh, start_params)
+        state = state_from_params(parts.optimizer, parts.mesh, start_params)
     loop.train(pool, workdir, Imitation(parts), state)
 
 

@@ -35,7 +35,7 @@ from typing import Annotated, Literal
 from absl import flags
 
 from checks import Checked, at_least, one_of, require, within
-from countdown.grader import LARGEST, MOST, Problem, grade_path
+from countdown.grader import MAX_NUMBERS, MAX_VALUE, Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
 from countdown.task import METHODS, Countdown, record, root_prompt
@@ -43,7 +43,7 @@ from records import Rollout, stored
 
 Split = Literal["train", "validation", "heldout"]
 ORDERS = ("fixed", "random")
-LISTED = 3000  # families with at most this many sets of numbers are listed whole
+MAX_ENUMERATED_SETS = 3000  # families with at most this many sets of numbers are listed whole
 
 # ---------------------------------------------------------------- problems
 
@@ -53,7 +53,7 @@ class ProblemRange(Checked):
     """A family of problems: `count` numbers in low..high, targets in target_low..target_high (all inclusive)."""
 
     section = "problems"
-    count: Annotated[int, within(2, MOST)]
+    count: Annotated[int, within(2, MAX_NUMBERS)]
     low: int
     high: int
     target_low: int
@@ -62,8 +62,8 @@ class ProblemRange(Checked):
     def check(self) -> None:
         """Checks both ranges."""
         for name, low, high in (("numbers", self.low, self.high), ("targets", self.target_low, self.target_high)):
-            ordered = 1 <= low <= high <= LARGEST
-            require(ordered, f"range of {name} must satisfy 1 <= low <= high <= {LARGEST}, not {low}..{high}")
+            ordered = 1 <= low <= high <= MAX_VALUE
+            require(ordered, f"range of {name} must satisfy 1 <= low <= high <= {MAX_VALUE}, not {low}..{high}")
 
 
 def split_of(numbers: Sequence[int], target: int) -> Split:
@@ -80,7 +80,7 @@ def split_of(numbers: Sequence[int], target: int) -> Split:
 def _listing(family: ProblemRange, split: Split) -> tuple[Problem, ...] | None:
     """Every solvable problem of a split (sorted numbers), or None if the family is too large to list."""
     pool = range(family.low, family.high + 1)
-    if math.comb(len(pool) + family.count - 1, family.count) > LISTED:
+    if math.comb(len(pool) + family.count - 1, family.count) > MAX_ENUMERATED_SETS:
         return None
     return tuple(
         Problem(numbers, target)
@@ -187,7 +187,7 @@ class DemonstratorConfig(Checked):
     beam: tuple[int, int]
     sub_beam_high: int
     spawn_probability: Annotated[float, within(0, 1)]  # of the coin of SoS+ and APR
-    condition: Annotated[float, within(0, 1)]  # share of demonstrations that state their budget in the prompt
+    budget_fraction: Annotated[float, within(0, 1)]  # share of demonstrations that state their budget in the prompt
     token_bin: Annotated[int, at_least(1)]  # granularity of a token budget (SoS+)
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
 
@@ -196,8 +196,12 @@ class DemonstratorConfig(Checked):
         require(1 <= self.beam[0] <= self.beam[1], f"beam must satisfy 1 <= low <= high, not {self.beam}")
         wide = self.method != "apr" or self.sub_beam_high >= self.beam[1]
         require(wide, f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
-        conditioned = self.method == "sos" and self.condition
-        require(not conditioned, f"SoS has no budget to condition on: condition must be 0, not {self.condition}")
+        stated = self.budget_fraction if self.method == "sos" else 0
+        require(not stated, f"SoS has no budget to condition on: budget_fraction must be 0, not {stated}")
+
+    def seed_text(self) -> str:
+        """What seeds the demonstrations. Its words never change, or the same seed would give other demonstrations."""
+        return repr(self).replace("budget_fraction=", "condition=")
 
 
 def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random) -> Trace:
@@ -226,17 +230,17 @@ def demonstration(
 
     (seed, index) fixes everything, in any process. Raises as `problem` does.
     """
-    rng = random.Random(f"demonstration {config} {split} {seed} {index}")
+    rng = random.Random(f"demonstration {config.seed_text()} {split} {seed} {index}")
     drawn = problem(family, split, seed, index)
     trace = demonstrate(drawn, config, rng)
-    sub_calls = token_budget = None
-    if rng.random() < config.condition:
+    children_budget = token_budget = None
+    if rng.random() < config.budget_fraction:
         if config.method == "apr":
-            sub_calls = trace.width()
+            children_budget = trace.width()
         else:
             tokens = 1 + len(task.tokenizer.encode("".join([trace.prompt, *trace.calls])))
             token_budget = -(-tokens // config.token_bin) * config.token_bin
-    return record(drawn, trace, dataclasses.replace(task, sub_calls=sub_calls, token_budget=token_budget))
+    return record(drawn, trace, dataclasses.replace(task, children_budget=children_budget, token_budget=token_budget))
 
 
 # ---------------------------------------------------------------- command line
@@ -295,7 +299,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if grade.correct else 1
     tokenizer = Tokenizer(NUMBER_LIMIT)
     beam, coin = ((1, 10), 0.9) if values.method == "apr" else ((1, 5), 0.5)  # the paper's
-    config = DemonstratorConfig(values.method, beam, 15, coin, condition=0, token_bin=512)
+    config = DemonstratorConfig(values.method, beam, 15, coin, budget_fraction=0, token_bin=512)
     trace = demonstrate(problem, config, random.Random(values.seed))
     rollout = record(problem, trace, Countdown(tokenizer, values.method))
     if values.json:

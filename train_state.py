@@ -49,15 +49,15 @@ class TrainState(typing.NamedTuple):
     step: typing.Any  # int32 scalar: updates taken
 
 
-class Outputs(typing.NamedTuple):
+class TokenStats(typing.NamedTuple):
     """What the model says about the tokens of a batch, each [R, T] and aligned with them."""
 
     logp: Array  # log-probability of the token given those before it
     entropy: Array  # of the distribution the token was drawn from, nats
-    top: Array  # bool: the token was the most likely one
+    is_argmax: Array  # bool: the token was the most likely one
 
 
-LossFn = Callable[[Outputs, TokenBatch], tuple[Array, dict[str, Array]]]
+LossFn = Callable[[TokenStats, TokenBatch], tuple[Array, dict[str, Array]]]
 """(outputs, batch) -> (loss per token [R, T], metrics per token [R, T] to be summed)."""
 
 
@@ -157,7 +157,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 
 def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
     """A TrainState of shardings: parameters by `model.param_spec`, their moments alike, the rest replicated."""
-    shapes = jax.eval_shape(functools.partial(start_state, optimizer), params)
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer), params)
     return jax.tree.map_with_path(lambda path, _: NamedSharding(mesh, param_spec(path)), shapes)
 
 
@@ -167,28 +167,28 @@ def init_params(model: Decoder, key: Array) -> typing.Any:
     return model.init(key, one, one, one + 1)["params"]
 
 
-def init_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
+def state_from_key(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
     """A fresh state, born with its shardings."""
 
     def create(key: Array) -> TrainState:
-        return start_state(optimizer, init_params(model, key))
+        return new_state(optimizer, init_params(model, key))
 
     shardings = state_shardings(mesh, optimizer, jax.eval_shape(create, key).params)
     return jax.jit(create, out_shardings=shardings)(key)
 
 
-def start_state(optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
+def new_state(optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:
     """A state at step 0 with these parameters."""
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
-def placed_state(optimizer: optax.GradientTransformation, mesh: Mesh, params: typing.Any) -> TrainState:
+def state_from_params(optimizer: optax.GradientTransformation, mesh: Mesh, params: typing.Any) -> TrainState:
     """The same on a mesh, from host arrays: how GRPO starts from SFT, and SFT from another run."""
     shardings = state_shardings(mesh, optimizer, params)
-    return jax.jit(functools.partial(start_state, optimizer), out_shardings=shardings)(params)
+    return jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings)(params)
 
 
-def outputs(model: Decoder, params: typing.Any, batch: TokenBatch, temperature: float = 1.0) -> Outputs:
+def token_stats(model: Decoder, params: typing.Any, batch: TokenBatch, temperature: float = 1.0) -> TokenStats:
     """Log-prob, entropy and rank of every token of the batch, under the policy of a temperature."""
     logits, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.until)
     logits = logits / temperature
@@ -197,7 +197,7 @@ def outputs(model: Decoder, params: typing.Any, batch: TokenBatch, temperature: 
     entropy = logsum - jnp.sum(jnp.exp(fixed - logsum[..., None]) * fixed, axis=-1)
     top = jnp.take_along_axis(fixed, batch.tokens[:, 1:, None], axis=-1)[..., 0] >= fixed.max(axis=-1)
     first = ((0, 0), (1, 0))
-    return Outputs(token_logprobs(logits, batch.tokens), jnp.pad(entropy, first), jnp.pad(top, first))
+    return TokenStats(token_logprobs(logits, batch.tokens), jnp.pad(entropy, first), jnp.pad(top, first))
 
 
 def make_train_step(
@@ -207,15 +207,15 @@ def make_train_step(
 
     The compiled function takes a state, which it donates, and a batch with fields [M, R, T]. It returns the next
     state, the metrics of the step, and the log-prob [M, R, T] of every token under the old parameters. Metrics:
-    loss, grad_norm, tokens (sampled), accuracy and entropy (means over sampled tokens), and the sums of what the
+    loss, grad_norm, tokens (sampled), token_accuracy and entropy (means over sampled tokens), and the sums of what the
     loss reports.
     """
 
     def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        out = outputs(model, params, batch, temperature)
+        out = token_stats(model, params, batch, temperature)
         loss_RT, extra = loss_fn(out, batch)
         sampled = batch.sampled.astype(jnp.float32)
-        sums = {"tokens": sampled, "accuracy": out.top * sampled, "entropy": out.entropy * sampled, **extra}
+        sums = {"tokens": sampled, "token_accuracy": out.is_argmax * sampled, "entropy": out.entropy * sampled, **extra}
         return loss_RT.sum(), ({name: value.sum() for name, value in sums.items()}, out.logp)
 
     def train_step(state: TrainState, batches: TokenBatch) -> tuple[TrainState, dict[str, Array], Array]:
@@ -235,11 +235,11 @@ def make_train_step(
         else:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, 0)[0])
             start = zeros, jnp.zeros(batches.tokens.shape, jnp.float32)
-            (grads, sums), logp_MRT = jax.lax.fori_loop(0, _used(batches), add, start)
+            (grads, sums), logp_MRT = jax.lax.fori_loop(0, _num_nonempty(batches), add, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         tokens = jnp.maximum(sums["tokens"], 1)
-        means = {name: sums[name] / tokens for name in ("accuracy", "entropy")}
+        means = {name: sums[name] / tokens for name in ("token_accuracy", "entropy")}
         metrics = {**sums, **means, "grad_norm": optax.tree.norm(grads)}
         return TrainState(params, opt_state, state.step + 1), metrics, logp_MRT
 
@@ -251,16 +251,16 @@ def make_train_step(
         in_shardings=(shardings, TokenBatch(*[NamedSharding(mesh, ROWS)] * len(TokenBatch._fields))),
         out_shardings=(shardings, *[NamedSharding(mesh, PartitionSpec())] * 2),
     )
-    return lambda state, batches: compiled(state, _spread(batches, mesh))
+    return lambda state, batches: compiled(state, _shard(batches, mesh))
 
 
-def _spread(batches: TokenBatch, mesh: Mesh) -> TokenBatch:
+def _shard(batches: TokenBatch, mesh: Mesh) -> TokenBatch:
     """Host arrays [M, R, T], the same in every process, on the devices of the mesh."""
     rows = NamedSharding(mesh, ROWS)
     return TokenBatch(*(jax.make_array_from_callback(field.shape, rows, field.__getitem__) for field in batches))
 
 
-def _used(batches: TokenBatch) -> Array:
+def _num_nonempty(batches: TokenBatch) -> Array:
     """Number of micro-batches up to the last that has anything to train on; `stack` puts empty ones at the end."""
     busy_M = jnp.any(batches.sampled, axis=(1, 2))
     return jnp.max(jnp.where(busy_M, jnp.arange(1, busy_M.shape[0] + 1), 0))
@@ -270,13 +270,13 @@ def make_score(model: Decoder, mesh: Mesh, temperature: float = 1.0) -> Callable
     """Compiles (params, batch [M, R, T]) -> log-prob of every token [M, R, T]; empty micro-batches are skipped."""
 
     def score(params: typing.Any, batches: TokenBatch) -> Array:
-        used = _used(batches)
+        used = _num_nonempty(batches)
 
         def one(m: Array, logp: Array) -> Array:
             batch = TokenBatch(*(field[m] for field in batches))
-            return logp.at[m].set(outputs(model, params, batch, temperature).logp)
+            return logp.at[m].set(token_stats(model, params, batch, temperature).logp)
 
         return jax.lax.fori_loop(0, used, one, jnp.zeros(batches.tokens.shape, jnp.float32))
 
     compiled = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return lambda params, batches: compiled(params, _spread(batches, mesh))
+    return lambda params, batches: compiled(params, _shard(batches, mesh))

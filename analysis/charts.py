@@ -10,7 +10,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
-from analysis.choose import Entry, Log, asked, forced, free, policy, rl_pairs, sampled
+from analysis.choose import Entry, Log, forced, free, policy, requested, rl_pairs, sampled
 from analysis.labels import (
     PAPER_ACCURACY,
     PAPER_COMPUTE,
@@ -78,27 +78,29 @@ def papers(entries: Sequence[Entry], drawn: list[Line], values: Pairs) -> list[L
 
 
 def compute(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against total tokens: more samples, budgets asked for, one greedy rollout (paper, figure 4a)."""
+    """Accuracy against total tokens: more samples, budgets requested, one greedy rollout (paper, figure 4a)."""
     lines = []
     for entry in sampled(entries):
         for estimates, kind in ((entry.cons_at, "majority of k"), (entry.pass_at, "any of k")):
             points = [(int(k) * entry.total_tokens, *values) for k, values in estimates.items()]
             lines.append(Line(entry.label, kind, sorted(points)))
-    for name in ("sub_calls", "tokens"):
-        lines += through(asked(entries, name, 0), "budget asked")
+    for name in ("children", "tokens"):
+        lines += through(requested(entries, name, 0), "budget requested")
     if lines:
         lines += through(free(entries, 0.0), "greedy")
         lines += papers(entries, lines, PAPER_COMPUTE)
-    looks = {"majority of k": {}, "any of k": {"linestyle": "--"}, "budget asked": {"linestyle": ":"}, "greedy": ALONE}
-    needs = "several samples of each problem, or budgets asked for"
-    return Chart("What more tokens buy", "total tokens per problem (log scale)", needs, {"": lines}, looks, log="x")
+    looks = {"majority of k": {}, "any of k": {"linestyle": "--"}, "budget requested": {"linestyle": ":"}}
+    looks["greedy"] = ALONE
+    needs = "several samples of each problem, or budgets requested"
+    x = "total tokens per problem (log scale)"
+    return Chart("Accuracy against total tokens", x, needs, {"": lines}, looks, log="x")
 
 
 def context(entries: Sequence[Entry]) -> Chart:
     """Accuracy if only rollouts counted that fit a context window (paper, figure 4b)."""
     panels: dict[str, list[Line]] = {}
-    threads = [e for e in asked(entries, "sub_calls", 0) if e.label == "APR asked" and e.temperature == 0]
-    for title, chosen in (("asked for nothing", free(entries, 0.0)), ("asked for threads", threads)):
+    threads = [e for e in requested(entries, "children", 0) if e.label == "APR budget" and e.temperature == 0]
+    for title, chosen in (("no budget in the prompt", free(entries, 0.0)), ("children requested", threads)):
         for e in chosen:
             kind = e.budget if chosen is threads else ""
             points = [(int(window), *values) for window, values in e.windows.items()]
@@ -117,7 +119,7 @@ def rl(entries: Sequence[Entry]) -> Chart:
             lines += [Line(entry.label, "", [point(entry)]) for entry in (before, after)]
     if "temperature 0" in panels:
         moves = {
-            name: [*zip(tokens, (PAPER_ACCURACY[label, "free"][0] for label in (name, f"{name} RL")), strict=True)]
+            name: [*zip(tokens, (PAPER_ACCURACY[label, "no budget"][0] for label in (name, f"{name} RL")), strict=True)]
             for name, tokens in PAPER_TOKENS.items()
         }
         panels["temperature 0"] += papers(entries, panels["temperature 0"], moves)
@@ -156,17 +158,17 @@ def forcing(entries: Sequence[Entry]) -> Chart:
     """Accuracy against total tokens under budget forcing (s1)."""
     caps, floors, neither = forced(entries)
     lines = [line for group in caps for line in through(group, "answer forced")]
-    lines += [line for group in floors for line in through(group, "sent on")]
+    lines += [line for group in floors for line in through(group, "forced to continue")]
     lines += through(neither, "as trained")
-    looks = {"answer forced": {}, "sent on": {"linestyle": "--"}, "as trained": ALONE}
-    needs = "evaluations with limits.answer_tokens or limits.extensions"
+    looks = {"answer forced": {}, "forced to continue": {"linestyle": "--"}, "as trained": ALONE}
+    needs = "evaluations with limits.forced_answer_tokens or limits.min_budget_rounds"
     return Chart("Budget forcing", "total tokens per problem", needs, {"": lines}, looks)
 
 
 def temperature(entries: Sequence[Entry]) -> Chart:
     """Accuracy against the sampler's temperature (paper, table 1)."""
     lines = through(free(entries), x="temperature")
-    free_rows = {label: row for (label, budget), row in PAPER_ACCURACY.items() if budget == "free"}
+    free_rows = {label: row for (label, budget), row in PAPER_ACCURACY.items() if budget == "no budget"}
     theirs = {label: [*zip(PAPER_TEMPERATURES, row, strict=True)] for label, row in free_rows.items()}
     lines += papers(entries, lines, theirs)
     return Chart("Accuracy by temperature", "sampler temperature", "free evaluations", {"": lines})
@@ -200,8 +202,9 @@ def heldout(logs: Iterable[Log]) -> list[Line]:
     """Held-out accuracy over the steps of each run, with its interval where one was logged."""
     lines = []
     for log in logs:
-        seen = [(line["step"], line["heldout_accuracy"], line) for line in log.lines if "heldout_accuracy" in line]
-        points = [(x, y, line.get("heldout_low", y), line.get("heldout_high", y)) for x, y, line in seen]
+        lines_seen = [line for line in log.lines if "validation_accuracy" in line]
+        seen = [(line["step"], line["validation_accuracy"], line) for line in lines_seen]
+        points = [(x, y, line.get("validation_low", y), line.get("validation_high", y)) for x, y, line in seen]
         lines.append(Line(log.label, "", points))
     return [line for line in lines if line.points]
 
@@ -227,10 +230,10 @@ def threads(logs: Sequence[Log]) -> Chart:
 
 
 def supervised(logs: Sequence[Log]) -> Chart:
-    """Loss and held-out accuracy over the steps of supervised training."""
+    """Loss and validation accuracy over the steps of supervised training."""
     runs = of_kind(logs, False)
     losses = [line._replace(kind=TRACE) for line in over_steps(runs, "loss") if line.kind == RAW]  # logged as a mean
-    panels = {"loss (log scale)": losses, "held-out accuracy, greedy": heldout(runs)}
+    panels = {"loss (log scale)": losses, "validation accuracy, greedy": heldout(runs)}
     return Chart("Supervised training", "step", "runs of sft.py", panels, y="", log="loss (log scale)")
 
 

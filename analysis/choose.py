@@ -20,7 +20,7 @@ from harness import results, stats
 from harness.cli import UsageError, usage_errors
 from harness.results import Evaluation
 
-THREADS = {"join": "path", "inherit": False}  # what is no ablation
+THREADS = {"child_returns": "path", "inherit_context": False}  # what is no ablation
 SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
 Entry = Evaluation
 
@@ -81,8 +81,8 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
                         f"{file} and {path} hold {run[0]} of training seed {run[1]} with different parameters: "
                         "choose one of them with --results, or give a run another name"
                     )
-                same = ("label", "training_seed", "seed", "asked", "temperature", "samples", "concurrent", "threads")
-                key = [getattr(entry, name) for name in (*same, "context")]
+                same = ("label", "training_seed", "seed", "requested", "limits", "temperature", "samples")
+                key = [getattr(entry, name) for name in (*same, "concurrent", "threads", "context")]
                 found.setdefault(json.dumps(key, sort_keys=True), entry)
     if len(first) > 1:
         files = " and ".join(map(str, first.values()))
@@ -93,8 +93,8 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
 
 
 def order(entry: Entry) -> list[int]:
-    """Sorts entries of a label by what they were asked for."""
-    return [entry.asked[name] for name in ("sub_calls", "tokens", "extensions")]
+    """Sorts entries of a label by what they requested."""
+    return [amount(entry, name) for name in ("children", "tokens", "min_budget_rounds")]
 
 
 def read_logs(folders: Sequence[str]) -> list[Log]:
@@ -123,13 +123,18 @@ def whole(entries: Iterable[Entry], alone: bool = False) -> list[Entry]:
 
 
 def free(entries: Iterable[Entry], temperature: float | None = None, alone: bool = False) -> list[Entry]:
-    """Those of `whole` that were asked for nothing, at one temperature or (None) at any."""
-    return [e for e in whole(entries, alone) if e.budget == "free" and temperature in (None, e.temperature)]
+    """Those of `whole` that were no budget in the prompt, at one temperature or (None) at any."""
+    return [e for e in whole(entries, alone) if e.budget == "no budget" and temperature in (None, e.temperature)]
 
 
-def asked(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
-    """Those of `whole` with at least so much in a field of "asked", in its order."""
-    return sorted((e for e in whole(entries) if e.asked[name] >= least), key=lambda e: e.asked[name])
+def amount(entry: Entry, name: str) -> int:
+    """A field of the budget that prompts state, else of the limits; -1 of a task without a budget."""
+    return entry.requested.get(name, entry.limits.get(name, -1))
+
+
+def requested(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
+    """Those of `whole` with at least so much of a budget or limit, in its order."""
+    return sorted((e for e in whole(entries) if amount(e, name) >= least), key=lambda e: amount(e, name))
 
 
 def sampled(entries: Iterable[Entry]) -> list[Entry]:
@@ -157,9 +162,9 @@ def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
 def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry]], list[Entry]]:
     """Caps and floors of each policy, its free entry among both, in order of tokens; and these free entries."""
     kinds = []
-    for name in ("answer_tokens", "extensions"):
+    for name in ("forced_answer_tokens", "min_budget_rounds"):
         groups: dict[tuple, list[Entry]] = {}
-        for entry in asked(entries, name, 1):
+        for entry in requested(entries, name, 1):
             groups.setdefault(policy(entry), []).append(entry)
         for entry in free(entries):
             groups.get(policy(entry), []).append(entry)

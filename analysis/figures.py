@@ -48,15 +48,15 @@ LOOKS = {
     "SoS RL": ("#999999", "<"),
     "SoS+": ("#E69F00", "s"),
     "SoS+ RL": ("#D55E00", "D"),
-    "SoS+ asked": ("#F0E442", "P"),
+    "SoS+ budget": ("#F0E442", "P"),
     "APR": ("#0072B2", "o"),
     "APR RL": ("#009E73", "^"),
-    "APR asked": ("#56B4E9", "h"),
-    "APR asked RL": ("#CC79A7", "X"),
+    "APR budget": ("#56B4E9", "h"),
+    "APR budget RL": ("#CC79A7", "X"),
     "SoS+ wide": ("#8B4513", "s"),
     "APR text": ("#6A3D9A", "o"),
     "APR inherit": ("#1F3A5F", "o"),
-    "APR in turn": ("#5F9EA0", "o"),
+    "APR sequential": ("#5F9EA0", "o"),
 }
 SPARE_MARKERS = ">pd*8"  # of labels that are not ours
 GREY = "#808080"

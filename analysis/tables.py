@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from analysis.charts import point
-from analysis.choose import THREADS, Entry, asked, by_problem, forced, free, policy, rl_pairs, sampled, whole
+from analysis.choose import THREADS, Entry, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
 from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
 from harness import stats
 
@@ -46,9 +46,9 @@ def costs(entry: Entry) -> list[str]:
     return [cost(entry, "total_tokens"), cost(entry, "sequential_tokens"), cost(entry, "children", 1)]
 
 
-def kept(entry: Entry, name: str) -> str:
-    """How an entry kept to the budget it was given; empty if it was given none."""
-    return f"{entry.kept[name]:.3g}" if entry.kept else ""
+def used_of(entry: Entry, name: str) -> str:
+    """How an entry adherence to the budget it was given; empty if it was given none."""
+    return f"{entry.adherence[name]:.3g}" if entry.adherence else ""
 
 
 def paper_accuracy(entry: Entry) -> str:
@@ -78,7 +78,7 @@ def rl_table(entries: Sequence[Entry]) -> Table:
         cells += [[f"{e.total_tokens / (1 + e.children):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
         row = [before.label, f"{before.temperature:g}", before.budget]
         row += [" → ".join(filter(None, cell)) for cell in cells]
-        if (before.temperature, before.budget) == (0, "free"):
+        if (before.temperature, before.budget) == (0, "no budget"):
             row[-1] += PAPER_RL.get(before.label, "")
         rows.append(row)
     note = "The difference is paired, problem by problem; tokens per thread are total tokens / (1 + child threads). "
@@ -91,16 +91,16 @@ def ablation_table(entries: Sequence[Entry]) -> Table:
     """Greedy entries that were asked for threads or tokens or join in another way, beside the same as trained."""
     greedy = [e for e in entries if e.temperature == 0]
     other = [dataclasses.replace(e, threads=THREADS, budget=_threads(e)) for e in greedy if e.threads != THREADS]
-    changed = asked(greedy, "sub_calls", 0) + asked(greedy, "tokens", 0) + whole(other)
+    changed = requested(greedy, "children", 0) + requested(greedy, "tokens", 0) + whole(other)
     policies = {policy(e) for e in changed}
     chosen = sorted([e for e in free(greedy) if policy(e) in policies] + changed, key=lambda e: rank(e.label))
     rows = [
-        [e.label, e.budget, accuracy(e), *costs(e), kept(e, "within"), kept(e, "used"), paper_accuracy(e)]
+        [e.label, e.budget, accuracy(e), *costs(e), used_of(e, "within"), used_of(e, "used"), paper_accuracy(e)]
         for e in chosen
     ]
-    head = "method | asked or changed | accuracy | total tokens | sequential tokens | child threads"
+    head = "method | requested or changed | accuracy | total tokens | sequential tokens | child threads"
     head += " | share within the budget | mean use of it | paper"
-    return Table("Table 3. Budgets asked for, and other joins, greedy", PAPERS_OWN, head, rows)
+    return Table("Table 3. Budgets requested, and other joins, greedy", PAPERS_OWN, head, rows)
 
 
 def _threads(entry: Entry) -> str:
@@ -114,8 +114,8 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
     for group in caps + floors:
         name = [group[0].label, f"{group[0].temperature:g}"]
         for e in group:
-            rows.append([*name, e.budget, accuracy(e), cost(e, "total_tokens"), kept(e, "within"), "", ""])
-        controls = [e.kept["within"] for e in group if e.kept]
+            rows.append([*name, e.budget, accuracy(e), cost(e, "total_tokens"), used_of(e, "within"), "", ""])
+        controls = [e.adherence["within"] for e in group if e.adherence]
         points = [(e.total_tokens, e.accuracy) for e in group]
         control = f"{sum(controls) / len(controls):.3g}" if controls else ""
         slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""

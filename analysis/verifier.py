@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import records
 from countdown.grader import Problem, grade_steps
-from countdown.language import END, Line, Tokenizer, parse, short
+from countdown.language import END_ID, Line, Tokenizer, parse, short
 from countdown.search import best_first, expand
 from records import Rollout, Thread
 from solver import solvable
@@ -156,7 +156,7 @@ class _Reader:
         spawns = iter(self.thread.spawns)
         for number, call in enumerate(self.thread.calls):
             given = self.tokenizer.decode(call.injected)
-            written = self.tokenizer.decode(call.sampled[:-1] if call.sampled[-1:] == [END] else call.sampled)
+            written = self.tokenizer.decode(call.sampled[:-1] if call.sampled[-1:] == [END_ID] else call.sampled)
             lines = (given + written).splitlines(keepends=True)
             if call.stop in records.TRUNCATED and lines and not lines[-1].endswith("\n"):
                 lines.pop()  # cut by the bound, not malformed

@@ -8,7 +8,7 @@ run
   refill    as the runtime does it, freed rows taken at once;
   waves     no row is refilled before all have stopped, but rows that have stopped are left out of the next burst;
   lockstep  waves in which every row decodes on until the longest has stopped, as in a batch that is padded;
-  lanes     refill, by `--lanes` samplers of as many rows each, side by side;
+  workers   refill, by `--workers` samplers of as many rows each, side by side;
   serial    on a single row: one thread at a time.
 
 "alone" is the latency of one problem with eight children and nothing else in flight: over
@@ -89,7 +89,7 @@ class Replay:
     def prefill(self, fills: list[typing.Any]) -> None:
         """Sets rows going, for as many ids as were recorded."""
         for fill in fills:
-            self._held[fill.row] = self._recorded[fill.key, fill.drawn]
+            self._held[fill.row] = self._recorded[fill.key, fill.num_sampled]
         limits = {fill.row: len(self._held[fill.row]) for fill in fills}
         if self.schedule == "lockstep":
             limits = dict.fromkeys(limits, max(limits.values()))
@@ -107,14 +107,14 @@ def replay(
     experiment: typing.Any, engines: Sequence[typing.Any], rollouts: Sequence[typing.Any], repeats: int, schedule: str
 ) -> dict:
     """Figures of the best run of the rollouts, spread over the engines; the first run compiles and is not counted."""
-    from parallel_runtime import Runtime, side_by_side
+    from parallel_runtime import Runtime, run_on_workers
     from records import total_tokens
 
     replaying = [Replay(engine, rollouts, schedule) for engine in engines]
     runtimes = [Runtime(lane, experiment.domain.task, experiment.limits) for lane in replaying]
 
     def run() -> None:
-        side_by_side(runtimes, replaying[0].requests, SEED)
+        run_on_workers(runtimes, replaying[0].requests, SEED)
 
     first = best(1, run)
     for engine in engines:
@@ -143,11 +143,11 @@ def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.
 
     stops: list[float] = []  # when the calls of the rollout stopped: parent's first, children's, parent's last
 
-    def watch(_: Thread) -> None:
+    def on_call(_: Thread) -> None:
         stops.append(time.perf_counter())
 
     replaying = Replay(engine, rollouts)
-    runtime = Runtime(replaying, experiment.domain.task, experiment.limits, watch)
+    runtime = Runtime(replaying, experiment.domain.task, experiment.limits, on_call)
     for _ in range(2):
         whole, children = [], []
         for request in replaying.requests:
@@ -159,11 +159,12 @@ def alone(experiment: typing.Any, engine: typing.Any, rollouts: Sequence[typing.
 
 def equal(engine: typing.Any, repeats: int) -> float:
     """Tokens per second of rows of equal length."""
-    from protocols import Fill
+    from protocols import PrefillRequest
 
     def run() -> None:
         engine.reset()
-        engine.prefill([Fill(row, 0, list(range(2, 2 + PROMPT)), (row, 0), 0, NEW) for row in range(engine.rows)])
+        ids = list(range(2, 2 + PROMPT))
+        engine.prefill([PrefillRequest(row, 0, ids, (row, 0), 0, NEW) for row in range(engine.rows)])
         while engine.decode():
             pass
 
@@ -189,7 +190,7 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     params = init_params(experiment.model, jax.random.key(0))
 
     def engine(rows: int) -> typing.Any:
-        settings = SamplerConfig(rows, args.burst, config.sampler.bucket, args.view, args.temperature, 0, 1.0)
+        settings = SamplerConfig(rows, args.steps, config.sampler.length_bucket, args.slots, args.temperature, 0, 1.0)
         return Sampler(experiment.model, params, settings, ())
 
     def demonstrations(count: int, changes: dict[str, typing.Any], children: int) -> list[typing.Any]:
@@ -214,8 +215,8 @@ def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typ
     many, step = engine(args.rows), 1 / equal(engine(1), args.repeats)
     for schedule in ("refill", "waves", "lockstep"):
         figures[schedule] = replay(experiment, [many], rollouts, args.repeats, schedule)
-    lanes = [many, *(engine(args.rows) for _ in range(1, args.lanes))]
-    figures["lanes"] = replay(experiment, lanes, rollouts, args.repeats, "refill")
+    several = [many, *(engine(args.rows) for _ in range(1, args.workers))]
+    figures["workers"] = replay(experiment, several, rollouts, args.repeats, "refill")
     milliseconds, children = alone(experiment, many, wide)
     figures["alone"] = {
         "milliseconds": milliseconds,
@@ -349,7 +350,8 @@ def llama_cpp(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[int
 def parse() -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(problems=100, rows=64, lanes=2, burst=32, view=2048, repeats=3, threads=2).items():
+    numbers = dict(problems=100, rows=64, workers=2, steps=32, slots=2048, repeats=3, threads=2)
+    for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -75,7 +75,7 @@ def ours(args: argparse.Namespace, packed: bool) -> Callable[[], object]:
     optimizer = train_state.make_optimizer(settings)
     decoder = model.Decoder(config)
     step = train_state.make_train_step(decoder, optimizer, sft.sft_loss, mesh)
-    state = train_state.init_state(decoder, optimizer, mesh, jax.random.key(0))
+    state = train_state.state_from_key(decoder, optimizer, mesh, jax.random.key(0))
     rng = np.random.default_rng(0)
     shape = (args.rows // args.micro, args.micro, args.tokens)
     ends = [segment_ends(rng, args.tokens, packed) for _ in range(args.rows)]

@@ -15,7 +15,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         model=dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
         train=dict(rows=4, micro_rows=2, eval_every=10, eval_problems=8),
         optimizer=dict(steps=20, learning_rate=3e-3, warmup_steps=5),
-        sampler=dict(rows=16, lanes=2, view=8192),
+        sampler=dict(rows=16, workers=2, max_gathered_slots=8192),
         evaluation=dict(problems=16),
     ),
     # Two CPU cores, half an hour: 3 numbers to 20, about 1M parameters.
@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
         train=dict(rows=4, micro_rows=2, eval_every=500, eval_problems=200),
         optimizer=dict(steps=7000, learning_rate=3e-3, warmup_steps=60),
-        sampler=dict(rows=128, lanes=2, view=2048),
+        sampler=dict(rows=128, workers=2, max_gathered_slots=2048),
         evaluation=dict(problems=865),  # there are no more
     ),
     # Two CPU cores, two hours: 4 numbers to 12. Searches of this size overflow a context of 1,024.
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=1024),
         train=dict(rows=4, micro_rows=2, eval_every=1500, eval_problems=200),
         optimizer=dict(steps=6000, learning_rate=1.5e-3, warmup_steps=100),
-        sampler=dict(rows=128, lanes=2, view=2048),
+        sampler=dict(rows=128, workers=2, max_gathered_slots=2048),
         evaluation=dict(problems=1000),
     ),
     # One GPU of the 80 GB class: the paper's problems, tens of millions of parameters.
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         model=dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
         train=dict(rows=64, micro_rows=64, eval_every=1000, eval_problems=500),
         optimizer=dict(steps=8000, learning_rate=1e-3, warmup_steps=400),
-        sampler=dict(rows=512, lanes=1, view=512 * 2048),
+        sampler=dict(rows=512, workers=1, max_gathered_slots=512 * 2048),
         evaluation=dict(problems=1000),
     ),
     # The paper: 228M parameters, on a mesh of accelerators.
@@ -51,21 +51,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         model=dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
         train=dict(rows=1024, micro_rows=8, eval_every=1000, eval_problems=1000),
         optimizer=dict(steps=19_000, learning_rate=5e-5, warmup_steps=1000),
-        sampler=dict(rows=256, lanes=1, view=256 * 4096),
+        sampler=dict(rows=256, workers=1, max_gathered_slots=256 * 4096),
         evaluation=dict(problems=1000),
     ),
 }
 LARGE = ("gpu", "paper")  # presets of the paper's problems, for accelerators
 MESH = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1: all that are left
-PROMPT = dict(sub_calls=-1, tokens=-1)  # budget that prompts of rollouts state (`condition`); -1 is none
+BUDGET = dict(children=-1, tokens=-1)  # budget that prompts of rollouts state (`budget_fraction`); -1 is none
 LIMITS = dict(
     children=16,  # per spawn
     spawns=16,  # per thread
     depth=1,  # of nesting
     thread_tokens=4096,
     rollout_tokens=65536,
-    answer_tokens=0,  # budget forcing: more tokens for the answer of a root that reached thread_tokens
-    extensions=0,  # budget forcing: times that a root which gives up must continue
+    forced_answer_tokens=0,  # budget forcing: more tokens for the answer of a root that reached thread_tokens
+    min_budget_rounds=0,  # budget forcing: times that a root which gives up must continue
 )
 
 
@@ -120,13 +120,13 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             momentum=0.95,  # of Muon
         ),
         threads=dict(
-            join="path",  # what a child returns: the path it found, or "text", all it wrote
-            inherit=False,  # whether a child sees what its parent saw
+            child_returns="path",  # what a child returns: the path it found, or "text", all it wrote
+            inherit_context=False,  # whether a child sees what its parent saw
         ),
-        prompt=PROMPT,
+        budget=BUDGET,
         limits=LIMITS,
-        # rows: over all lanes; lanes: samplers at work at once, on a CPU one per core; view: slots per device call
-        sampler=dict(**p["sampler"], burst=32, bucket=64, temperature=0.0, top_k=0, top_p=1.0),
+        # rows: over all workers; workers: samplers at work at once, on a CPU one per core
+        sampler=dict(**p["sampler"], steps_per_call=32, length_bucket=64, temperature=0.0, top_k=0, top_p=1.0),
         evaluation=evaluation(preset),
         mesh=MESH,
     )
@@ -143,7 +143,7 @@ def demonstrator(
         beam_high=beam_high,
         sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
         spawn_probability=spawn_probability,  # that an expanded node is judged promising
-        condition=0.0 if method == "sos" else 0.5,  # share of demonstrations that state their budget in the prompt
+        budget_fraction=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
     )

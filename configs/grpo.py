@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import LIMITS, MESH, PROMPT, choose, evaluation
+from configs.common import BUDGET, LIMITS, MESH, choose, evaluation
 
 PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # A small model slips so often at temperature 1 (0.43 right; at 0.5 it is 0.63) that the reward says little about how
@@ -61,7 +61,7 @@ SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
     kl_weight=0.001,  # paper: 0.001 for APR, 0.01 for SoS+
     rollout_constant=512.0,  # ids that the aggregate "rollout" divides by
     old_logp="sampler",  # or "trainer": whose log-probs the ratio compares with
-    importance_cap=0.0,  # with "trainer": weights min(trainer / sampler, cap); 0 is off
+    tis_cap=0.0,  # with "trainer": weights min(trainer / sampler, cap); 0 is off
     acceleration=0.0,  # bonus for parallelism, if correct (ThreadWeaver: 0.5)
     acceleration_cap=0.2,
     thread_penalty=0.0,  # per child thread
@@ -73,10 +73,10 @@ SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
 def get_config(preset: str = "laptop") -> ConfigDict:
     """The recipe of one preset. Raises ValueError on an unknown one."""
     p = choose(PRESETS, preset)
-    return overlay("" if preset == "laptop" else f"-{preset}", p, evaluation(preset), PROMPT)
+    return overlay("" if preset == "laptop" else f"-{preset}", p, evaluation(preset), BUDGET)
 
 
-def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], prompt: dict[str, Any]) -> ConfigDict:
+def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], budget: dict[str, Any]) -> ConfigDict:
     """The sections of an RL recipe."""
     rate = p["optimizer"]["learning_rate"]
     config = dict(
@@ -98,7 +98,7 @@ def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], prompt: 
             momentum=0.0,  # of Muon, which is not used
         ),
         train=dict(p["train"], log_every=1),
-        prompt=prompt,
+        budget=budget,
         limits=LIMITS,
         # temperature: of validation and evaluation; 0 is greedy. Rollouts come from the policy: no top-k, no top-p.
         sampler=dict(**p["sampler"], top_k=0, top_p=1.0),

@@ -21,28 +21,28 @@ from configs.common import choose
 class Budgets(NamedTuple):
     """What the methods of one preset are given."""
 
-    threads: tuple[int, ...]  # to ask APR for
+    children: tuple[int, ...]  # to ask APR for
     tokens: tuple[int, ...]  # to ask SoS+ for
     cuts: tuple[int, ...]  # tokens after which an answer is forced
-    extensions: tuple[int, ...] = (1, 2, 4)  # times that a search that ends is sent on
+    min_budget_rounds: tuple[int, ...] = (1, 2, 4)  # times that a search that ends is sent on
     temperatures: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)  # the paper's table 1
     samples: tuple[int, int] = (8, 8)  # of each problem at temperature 1: of SoS+, of APR
 
 
 BUDGETS = {
-    "smoke": Budgets(threads=(0, 2), tokens=(512,), cuts=(64,)),
-    "laptop": Budgets(threads=(0, 2, 3, 4, 5), tokens=(192, 256, 320, 384, 512), cuts=(128, 192, 256, 320, 384)),
+    "smoke": Budgets(children=(0, 2), tokens=(512,), cuts=(64,)),
+    "laptop": Budgets(children=(0, 2, 3, 4, 5), tokens=(192, 256, 320, 384, 512), cuts=(128, 192, 256, 320, 384)),
     # A rollout of APR takes seven times the tokens of laptop's, four times those of SoS+: samples of equal cost.
     "desktop": Budgets(
-        threads=(0, 2, 3, 5),
+        children=(0, 2, 3, 5),
         tokens=(256, 512, 768, 1024),
         cuts=(384, 640),
-        extensions=(),
+        min_budget_rounds=(),
         temperatures=(0.0, 0.5, 1.0),
         samples=(16, 4),
     ),
-    "gpu": Budgets(threads=(0, 2, 4, 6, 8, 10), tokens=(512, 1024, 1536, 2048), cuts=(512, 1024, 1536)),
-    "paper": Budgets(threads=(0, 1, 2, 3, 4, 6, 8, 10), tokens=(512, 1024, 2048, 3072, 4096), cuts=(1024, 2048, 3072)),
+    "gpu": Budgets(children=(0, 2, 4, 6, 8, 10), tokens=(512, 1024, 1536, 2048), cuts=(512, 1024, 1536)),
+    "paper": Budgets(children=(0, 1, 2, 3, 4, 6, 8, 10), tokens=(512, 1024, 2048, 3072, 4096), cuts=(1024, 2048, 3072)),
 }
 
 
@@ -63,14 +63,14 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (("SoS+", "SoS+ RL"), {**at(1.0), "evaluation.samples": budgets.samples[:1]}),
         (("APR", "APR RL"), {**at(1.0), "evaluation.samples": budgets.samples[1:]}),
         (trained, alone),
-        (("APR in turn",), {**alone, "sampler.rows": (2,), "sampler.lanes": (1,)}),
-        (("APR asked", "APR asked RL"), {**at(0.0), "prompt.sub_calls": budgets.threads}),
-        (("APR asked", "APR asked RL"), {**at(0.5, 1.0), "prompt.sub_calls": budgets.threads[-1:]}),
-        (("SoS+ asked",), {"prompt.tokens": budgets.tokens}),
-        (pair, {"limits.thread_tokens": budgets.cuts, "limits.answer_tokens": (96,)}),
-        (pair, {"limits.extensions": budgets.extensions}),
-        (("APR",), {"threads.join": ("text",)}),
-        (("APR",), {"threads.inherit": (True,)}),
+        (("APR sequential",), {**alone, "sampler.rows": (2,), "sampler.workers": (1,)}),
+        (("APR budget", "APR budget RL"), {**at(0.0), "budget.children": budgets.children}),
+        (("APR budget", "APR budget RL"), {**at(0.5, 1.0), "budget.children": budgets.children[-1:]}),
+        (("SoS+ budget",), {"budget.tokens": budgets.tokens}),
+        (pair, {"limits.thread_tokens": budgets.cuts, "limits.forced_answer_tokens": (96,)}),
+        (pair, {"limits.min_budget_rounds": budgets.min_budget_rounds}),
+        (("APR",), {"threads.child_returns": ("text",)}),
+        (("APR",), {"threads.inherit_context": (True,)}),
         (("APR text", "APR inherit", "SoS+ wide"), {}),
     ]
 

@@ -33,13 +33,15 @@ class CountdownDomain(Domain):
         self.family = ProblemRange(**config.problems)
         beam = (d.beam_low, d.beam_high)
         self.demonstrator = DemonstratorConfig(
-            d.method, beam, d.sub_beam_high, d.spawn_probability, d.condition, d.token_bin, d.order
+            d.method, beam, d.sub_beam_high, d.spawn_probability, d.budget_fraction, d.token_bin, d.order
         )
-        self.sub_calls, self.tokens = (None if value == -1 else value for value in dict(config.prompt).values())
-        both = self.sub_calls is not None and self.tokens is not None
-        require(not both, f"prompt.sub_calls={self.sub_calls} and prompt.tokens={self.tokens}: ask for one")
-        self.demo_task = Countdown(self.language, d.method, config.threads.join, config.threads.inherit)
-        self.task = dataclasses.replace(self.demo_task, sub_calls=self.sub_calls, token_budget=self.tokens)
+        self.children, self.tokens = (
+            None if value == -1 else value for value in (config.budget.children, config.budget.tokens)
+        )
+        both = self.children is not None and self.tokens is not None
+        require(not both, f"budget.children={self.children} and budget.tokens={self.tokens}: ask for one")
+        self.demo_task = Countdown(self.language, d.method, **config.threads)
+        self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """Problem number `index` of a split."""
@@ -76,7 +78,7 @@ class CountdownDomain(Domain):
         return {
             "method": self.demonstrator.method,
             "family": dataclasses.asdict(self.family),
-            "threads": {"join": self.task.child_returns, "inherit": self.task.inherit},
+            "threads": {name: getattr(self.task, name) for name in ("child_returns", "inherit_context")},
             "number_limit": self.language.number_limit,
         }
 
@@ -86,14 +88,14 @@ class CountdownDomain(Domain):
 
     def requested(self) -> str:
         """The budget that prompts state."""
-        if self.sub_calls is not None:
-            return f"{self.sub_calls} threads asked"
-        return "" if self.tokens is None else f"{self.tokens} tokens asked"
+        if self.children is not None:
+            return f"{self.children} children requested"
+        return "" if self.tokens is None else f"{self.tokens} tokens requested"
 
     def usage(self, rollouts: Sequence[Rollout]) -> tuple[list[int], int, int] | None:
         """Children started, or the longest context without the line that states the budget."""
-        if self.sub_calls is not None:
-            return [len(rollout.threads()) - 1 for rollout in rollouts], self.sub_calls, self.sub_calls
+        if self.children is not None:
+            return [len(rollout.threads()) - 1 for rollout in rollouts], self.children, self.children
         if self.tokens is None:
             return None
         line = len(self.language.encode(self.task.root_prefix))  # does not count in demonstrations either

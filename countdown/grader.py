@@ -14,15 +14,15 @@ from checks import require
 from countdown.language import NUMBER, short
 from records import Grade
 
-LARGEST = 10**9  # of a number or target: keeps factoring and arithmetic cheap
-MOST = 6  # numbers of a problem: exact search over more takes too long
+MAX_VALUE = 10**9  # of a number or target: keeps factoring and arithmetic cheap
+MAX_NUMBERS = 6  # numbers of a problem: exact search over more takes too long
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """Reach `target` with every one of `numbers` exactly once.
 
-    Raises ValueError unless all are integers from 1 to `LARGEST` and there are 2 to `MOST` numbers.
+    Raises ValueError unless all are integers from 1 to `MAX_VALUE` and there are 2 to `MAX_NUMBERS` numbers.
     """
 
     numbers: tuple[int, ...]
@@ -30,10 +30,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         count = len(self.numbers)
-        require(2 <= count <= MOST, f"a problem needs from 2 to {MOST} numbers, not {count}")
+        require(2 <= count <= MAX_NUMBERS, f"a problem needs from 2 to {MAX_NUMBERS} numbers, not {count}")
         for value in (*self.numbers, self.target):
-            whole = type(value) is int and 1 <= value <= LARGEST
-            require(whole, f"numbers and target must be integers from 1 to {LARGEST}, not {value!r}")
+            whole = type(value) is int and 1 <= value <= MAX_VALUE
+            require(whole, f"numbers and target must be integers from 1 to {MAX_VALUE}, not {value!r}")
 
 
 _STEP = re.compile(f"({NUMBER})([-+*/])({NUMBER})=({NUMBER})")

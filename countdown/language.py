@@ -27,12 +27,12 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-PAD = 0  # fills rows; decodes to nothing
-END = 1  # ends a thread; no text encodes to it
+PAD_ID = 0  # fills rows; decodes to nothing
+END_ID = 1  # ends a thread; no text encodes to it
 
-CALL = "<Calling Sub Searches>\n"  # opens a spawn block
-SPAWN = "<End Calling Sub Searches>\n"  # closes it: the spawn token
-GOAL = " equal: Goal Reached\n"
+CALL_TEXT = "<Calling Sub Searches>\n"  # opens a spawn block
+SPAWN_TEXT = "<End Calling Sub Searches>\n"  # closes it: the spawn token
+GOAL_TEXT = " equal: Goal Reached\n"
 
 PHRASES = (
     # punctuation of numbers, operations, nodes and states
@@ -40,12 +40,13 @@ PHRASES = (
     *("]\n", "], Operations: []\n", "], Operations: ['", "', '", "']\n", "] Operation: "),
     # search
     *("Current State: ", "Moving to Node #0", "Exploring Operation: ", ", Resulting Numbers: [", "Generated Node #0"),
-    *(GOAL, " unequal: No Solution\n", "No solution found.\n", "No solution found."),
+    *(GOAL_TEXT, " unequal: No Solution\n", "No solution found.\n", "No solution found."),
     # search in place (SoS+)
     *("Start Sub Search at level ", ": Moving to Node #0", "Exit Sub Search at level "),
     "No solution found in sub search\n",
     # spawn
-    *(CALL, "<Start Sub Search ", " at level ", "> Moving to Node #0", " at level 1> Moving to Node #0", SPAWN),
+    *(CALL_TEXT, "<Start Sub Search ", " at level ", "> Moving to Node #0", " at level 1> Moving to Node #0"),
+    SPAWN_TEXT,
     # join
     *("<Sub Searches>\n", "<No Solution in Sub Search ", "<Goal Reached in Sub Search "),
     *(" at Node #0", " at level 1 at Node #0", ">\n", "<End Sub Searches>\n"),
@@ -57,7 +58,7 @@ PHRASES = (
 class Tokenizer:
     """Text of the trace language to ids and back.
 
-    Ids: `PAD`, `END`, the numbers 0 .. number_limit - 1, the phrases.
+    Ids: `PAD_ID`, `END_ID`, the numbers 0 .. number_limit - 1, the phrases.
     """
 
     def __init__(self, number_limit: int):
@@ -66,7 +67,7 @@ class Tokenizer:
             raise ValueError(f"number_limit must be at least 10 (every digit is a token), not {number_limit}")
         self.number_limit = number_limit
         self._texts = ["", "<|end|>", *map(str, range(number_limit)), *PHRASES]
-        self._ids = {text: i for i, text in enumerate(self._texts) if i > END}
+        self._ids = {text: i for i, text in enumerate(self._texts) if i > END_ID}
         width = len(str(number_limit - 1))
         phrases = sorted(PHRASES, key=len, reverse=True)
         self._pattern = re.compile("|".join(["0", f"[1-9][0-9]{{0,{width - 1}}}", *map(re.escape, phrases)]))
@@ -113,16 +114,16 @@ TEMPLATES = {
     "state": "Current State: {target}:{numbers}, Operations: {operations}\n",
     "explore": "Exploring Operation: {operation}, Resulting Numbers: {numbers}\n",
     "generate": "Generated Node #{node}: {target}:{numbers} Operation: {operation}\n",
-    "goal": "{number},{target}" + GOAL,
+    "goal": "{number},{target}" + GOAL_TEXT,
     "miss": "{number},{target} unequal: No Solution\n",
     "fail": "No solution found.\n",
     "bare_fail": "No solution found.",
     "enter": "Start Sub Search at level {level}: Moving to Node #{node}\n",
     "exit": "Exit Sub Search at level {level}\n",
     "exit_failed": "No solution found in sub search\n",
-    "call": CALL,
+    "call": CALL_TEXT,
     "start": "<Start Sub Search {number} at level {level}> Moving to Node #{node}\n",
-    "spawn": SPAWN,
+    "spawn": SPAWN_TEXT,
     "join": "<Sub Searches>\n",
     "child_failed": "<No Solution in Sub Search {number} at level {level} at Node #{node}>\n",
     "child_reached": "<Goal Reached in Sub Search {number} at level {level} at Node #{node}>\n",

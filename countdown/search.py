@@ -29,7 +29,7 @@ import itertools
 import operator
 import random
 
-from countdown.language import CALL, GOAL, SPAWN
+from countdown.language import CALL_TEXT, GOAL_TEXT, SPAWN_TEXT
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -61,13 +61,13 @@ class Trace:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Node:
-    """A state of the search. `born` are the lines that generated it; `cost` is its heuristic, low is good."""
+    """A state of the search. `text` are the lines that generated it; `cost` is its heuristic, low is good."""
 
     id: str
     numbers: list[int]
     operations: str  # as in the state line, without the brackets
     cost: float
-    born: str
+    text: str
     parent: Node | None
 
     def __lt__(self, other: Node) -> bool:
@@ -126,15 +126,15 @@ def announce(node: Node, target: int) -> str:
     return f"Moving to Node #{node.id}\n{state_line(node, target)}"
 
 
-def _child(node: Node, id: str, cost: float, operation: str, numbers: list[int], born: str) -> Node:
+def _child(node: Node, id: str, cost: float, operation: str, numbers: list[int], text: str) -> Node:
     before = f"{node.operations}, " if node.operations else ""
-    return Node(id, numbers, f"{before}'{operation}'", cost, born, node)
+    return Node(id, numbers, f"{before}'{operation}'", cost, text, node)
 
 
 def spawn_block(nodes: list[str], level: int) -> str:
     """Text that starts a child thread per node."""
     starts = [f"<Start Sub Search {i} at level {level}> Moving to Node #{node}\n" for i, node in enumerate(nodes)]
-    return "".join([CALL, *starts, SPAWN])
+    return "".join([CALL_TEXT, *starts, SPAWN_TEXT])
 
 
 class Search:
@@ -146,7 +146,7 @@ class Search:
     """
 
     restates = True  # the path is restated after the goal
-    gives_up = "No solution found.\n"  # its last words without one
+    failure_text = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
     fixed_order = False  # children are listed in order of generation, not in random order
 
@@ -159,7 +159,7 @@ class Search:
         """Searches from the root, finishes `trace`, and returns the leaf that reached the goal."""
         goal = self.search(self.root, 0)
         if goal is None:
-            self.lines.append(self.gives_up)
+            self.lines.append(self.failure_text)
         self.trace.calls.append("".join(self.lines))
         return goal
 
@@ -171,9 +171,9 @@ class Search:
             for node in batch:
                 if node is not root:
                     self.lines.append(announce(node, self.target))
-                children, goal = self.list_children(node)
+                children, goal = self.expand_node(node)
                 if goal is None and self.is_promising(children):
-                    goal = self.hand_out(children, level + 1)
+                    goal = self.delegate(children, level + 1)
                 else:
                     for child in children:
                         heapq.heappush(frontier, child)
@@ -181,7 +181,7 @@ class Search:
                     return goal
         return None
 
-    def list_children(self, node: Node) -> tuple[list[Node], Node | None]:
+    def expand_node(self, node: Node) -> tuple[list[Node], Node | None]:
         """Lists the best children; returns them best first, and the leaf that reached the goal."""
         if len(node.numbers) == 1:
             return [], None
@@ -193,32 +193,32 @@ class Search:
             self.rng.shuffle(options)
         children: list[Node] = []
         for cost, operation, numbers in options:
-            born = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
+            text = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
             if len(numbers) > 1:
                 id = f"{node.id},{len(children)}"
-                born += f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n"
-                self.lines.append(born)
-                children.append(_child(node, id, cost, operation, numbers, born))
+                text += f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n"
+                self.lines.append(text)
+                children.append(_child(node, id, cost, operation, numbers, text))
                 continue
-            self.lines.append(born)
+            self.lines.append(text)
             if numbers[0] == self.target:
-                goal = _child(node, "", cost, operation, numbers, born)
-                self.reach(goal)
+                goal = _child(node, "", cost, operation, numbers, text)
+                self.write_goal(goal)
                 return [], goal
             self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
             if self.pushes_leaves:  # all with the same id, as in the released code
-                children.append(_child(node, f"{node.id},0", cost, operation, numbers, born))
+                children.append(_child(node, f"{node.id},0", cost, operation, numbers, text))
         children.sort(key=operator.attrgetter("cost"))
         return children, None
 
-    def reach(self, goal: Node) -> None:
+    def write_goal(self, goal: Node) -> None:
         """Writes that the goal is reached, and restates the path to it from the root of the thread."""
-        verdict = f"{self.target},{self.target}{GOAL}"
+        verdict = f"{self.target},{self.target}{GOAL_TEXT}"
         self.lines.append(verdict)
         if self.restates:
             path, node = [verdict], goal
             while node is not self.root and node.parent is not None:
-                path += [node.born, announce(node.parent, self.target)]
+                path += [node.text, announce(node.parent, self.target)]
                 node = node.parent
             self.lines += reversed(path)
 
@@ -226,7 +226,7 @@ class Search:
         """Whether the children are handed out to searches of their own instead of joining the frontier."""
         return False
 
-    def hand_out(self, children: list[Node], level: int) -> Node | None:
+    def delegate(self, children: list[Node], level: int) -> Node | None:
         """Searches the children apart, at `level`; returns the leaf that reached the goal."""
         raise NotImplementedError
 
@@ -235,7 +235,7 @@ class BreadthFirst(Search):
     """SoS breadth-first: stops at the goal, and announces leaves that lost before."""
 
     restates = False
-    gives_up = "No solution found."
+    failure_text = "No solution found."
     pushes_leaves = True
 
 
@@ -243,7 +243,7 @@ class DepthFirst(Search):
     """SoS depth-first: children that cost more than the target are pruned, the rest searched one after another."""
 
     restates = False
-    gives_up = ""
+    failure_text = ""
 
     def search(self, root: Node, level: int) -> Node | None:
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
@@ -261,7 +261,7 @@ class DepthFirst(Search):
                 if goal := self.search(child, level):
                     return goal
             elif numbers[0] == self.target:
-                self.reach(child)
+                self.write_goal(child)
                 return child
             else:
                 self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
@@ -279,7 +279,7 @@ class Hybrid(Search):
         """Tosses the coin."""
         return bool(children) and self.rng.random() < self.probability
 
-    def hand_out(self, children: list[Node], level: int) -> Node | None:
+    def delegate(self, children: list[Node], level: int) -> Node | None:
         """Searches each child in a sub-search of this thread."""
         for child in children:
             self.lines.append(f"Start Sub Search at level {level}: {announce(child, self.target)}")
@@ -304,7 +304,7 @@ class Parallel(Hybrid):
         """Tosses the coin, but not for an only child."""
         return len(children) > 1 and super().is_promising(children)
 
-    def hand_out(self, children: list[Node], level: int) -> Node | None:
+    def delegate(self, children: list[Node], level: int) -> Node | None:
         """Spawns a thread per child and goes on with the first success."""
         if self.fixed_order:
             children = sorted(children, key=lambda child: int(child.id.rpartition(",")[2]))
@@ -317,5 +317,5 @@ class Parallel(Hybrid):
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)
         if goal is not None:
-            self.reach(goal)
+            self.write_goal(goal)
         return goal

@@ -10,7 +10,7 @@ Model output is data: the strict grammar of `countdown.language` parses it, noth
 `record` turns the text of a symbolic search into the `Rollout` that the runtime would have recorded.
 
 Two ablations change what passes between threads. With child_returns="text" a child returns all that it wrote,
-as in PASTA (arXiv 2502.11517). With inherit=True a child sees the context of its parent before the
+as in PASTA (arXiv 2502.11517). With inherit_context=True a child sees the context of its parent before the
 spawn, as in ThreadWeaver (arXiv 2512.07843).
 
 Deviation from the released code: the path that a child returns is the text after its second-to-last
@@ -29,7 +29,19 @@ from typing import Annotated
 import records
 from checks import Checked, one_of, require
 from countdown.grader import Problem, grade_steps
-from countdown.language import CALL, END, FIELDS, GOAL, NUMBER, OPERATION, SPAWN, Tokenizer, parse, render, short
+from countdown.language import (
+    CALL_TEXT,
+    END_ID,
+    FIELDS,
+    GOAL_TEXT,
+    NUMBER,
+    OPERATION,
+    SPAWN_TEXT,
+    Tokenizer,
+    parse,
+    render,
+    short,
+)
 from countdown.search import Node, Trace, spawn_block, state_line
 from protocols import MalformedSpawn, Spawn
 from records import Call, Grade, Rollout, Thread
@@ -72,7 +84,7 @@ def root_prompt(problem: Problem, method: str) -> str:
 class Countdown(Checked):
     """The `parallel_runtime.Task` of Countdown.
 
-    `sub_calls` and `token_budget` write a budget into the prompt, in the words of demonstrations that state
+    `children_budget` and `token_budget` write a budget into the prompt, in the words of demonstrations that state
     one; None writes nothing. Raises ValueError for an unknown method or join, or a negative budget.
     """
 
@@ -80,30 +92,30 @@ class Countdown(Checked):
     tokenizer: Tokenizer
     method: Annotated[str, one_of(*METHODS)]
     child_returns: Annotated[str, one_of(*JOINS)] = "path"  # the path that it found, or "text": all that it wrote
-    inherit: bool = False  # a child sees what its parent saw before the spawn
-    sub_calls: int | None = None  # children asked for
+    inherit_context: bool = False  # a child sees what its parent saw before the spawn
+    children_budget: int | None = None  # children asked for
     token_budget: int | None = None  # tokens asked for
 
     def check(self) -> None:
         """Checks the budgets."""
-        for name in ("sub_calls", "token_budget"):
+        for name in ("children_budget", "token_budget"):
             budget = getattr(self, name)
             require(budget is None or budget >= 0, f"{name} must not be negative, it is {budget}")
 
     @property
     def end_id(self) -> int:
         """Id that ends a thread."""
-        return END
+        return END_ID
 
     @functools.cached_property
     def spawn_id(self) -> int:
         """Id that ends a spawn block."""
-        return self.tokenizer.id(SPAWN)
+        return self.tokenizer.id(SPAWN_TEXT)
 
     @functools.cached_property
     def call_id(self) -> int:
         """Id that starts a spawn block."""
-        return self.tokenizer.id(CALL)
+        return self.tokenizer.id(CALL_TEXT)
 
     @property
     def child_prefix(self) -> str:
@@ -113,7 +125,8 @@ class Countdown(Checked):
     @property
     def root_prefix(self) -> str:
         """Budget line of the root's prompt."""
-        return self.child_prefix or ("" if self.sub_calls is None else f"Sub Call Budget: {self.sub_calls} ")
+        children = "" if self.children_budget is None else f"Sub Call Budget: {self.children_budget} "
+        return self.child_prefix or children
 
     def prompt(self, problem: Problem) -> list[int]:
         """Prompt of the root thread."""
@@ -123,7 +136,7 @@ class Countdown(Checked):
         """Reads the spawn block that ends `ids`; raises MalformedSpawn saying what is wrong with it."""
         start = next((i for i in reversed(range(len(ids))) if ids[i] == self.call_id), None)
         if start is None:
-            raise MalformedSpawn(f"no {CALL.strip()} before {SPAWN.strip()}")
+            raise MalformedSpawn(f"no {CALL_TEXT.strip()} before {SPAWN_TEXT.strip()}")
         before, block = self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:])
         if not before.endswith("\n"):
             raise MalformedSpawn(f"the spawn block does not start a line, it follows {before[-20:]!r}")
@@ -139,7 +152,7 @@ class Countdown(Checked):
 
     def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
         """Ids a child is given: its first lines, after its parent's context if it inherits that."""
-        if self.inherit:
+        if self.inherit_context:
             return [*context, *self.tokenizer.encode(prompt)]
         return self.tokenizer.encode(self.child_prefix + prompt)
 
@@ -173,7 +186,7 @@ class Countdown(Checked):
             path = self._final_path(child, own[-1][0])
             ids += encode(f"<Goal Reached {where}" if path else f"<No Solution {where}")
             if self.child_returns == "text":  # the ids themselves: their text may not encode back to them
-                own_ids = [token for token in child.ids()[len(given) :] if token != END]
+                own_ids = [token for token in child.ids()[len(given) :] if token != END_ID]
                 ends_a_line = self.tokenizer.decode(own_ids)[-1:] in ("", "\n")
                 ids += own_ids + ([] if ends_a_line else encode("\n"))
             else:
@@ -184,28 +197,28 @@ class Countdown(Checked):
         """The path a child restated at its end, from its own node to the goal; "" if it did not."""
         if child.stop != records.END:
             return ""
-        parts = self.tokenizer.decode(child.ids()[:-1]).rsplit(GOAL, 2)
+        parts = self.tokenizer.decode(child.ids()[:-1]).rsplit(GOAL_TEXT, 2)
         if len(parts) < 3 or parts[2] or not parts[1].startswith(first_line):
             return ""
         try:
-            lines = parse(parts[1] + GOAL)
+            lines = parse(parts[1] + GOAL_TEXT)
         except ValueError:
             return ""
         return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
 
-    def answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
+    def force_answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
         """Makes a root answer: the goal is claimed after its last whole line (again, where it is already).
 
         Claiming it plays the part of s1's end-of-thinking delimiter: what a trace says after it is the answer.
         """
-        goal = self.tokenizer.id(GOAL)
+        goal = self.tokenizer.id(GOAL_TEXT)
         if goal in ids:
             return list(ids).index(goal), [goal]
         whole = [i for i, token in enumerate(ids) if self.tokenizer.decode([token]).endswith("\n")]
-        claim = self.tokenizer.encode(f"{problem.target},{problem.target}{GOAL}")
+        claim = self.tokenizer.encode(f"{problem.target},{problem.target}{GOAL_TEXT}")
         return whole[-1] + 1, claim
 
-    def extend(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
+    def force_continue(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
         """Sends a root that found nothing on, to the first node that it listed and never moved to; None without one.
 
         The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up.
@@ -214,7 +227,7 @@ class Countdown(Checked):
         text = self.tokenizer.decode(ids[:keep])
         moved = {*re.findall(f"(?:Moving to|at) Node #({FIELDS['node']})>?\n", text)}
         left = [node for node in _known_nodes(text) if node not in moved]
-        if not left or GOAL in text or not text.endswith("\n"):
+        if not left or GOAL_TEXT in text or not text.endswith("\n"):
             return None
         return keep, self.tokenizer.encode(f"Moving to Node #{left[0]}\n")
 
@@ -223,8 +236,8 @@ class Countdown(Checked):
         if root.stop != records.END:
             return Grade(False, f"no answer: stopped by {root.stop}")
         text = self.tokenizer.decode(root.ids()[:-1])
-        end = text.rfind(GOAL) + len(GOAL)
-        if end < len(GOAL) or not _EXITS.fullmatch(text, end):
+        end = text.rfind(GOAL_TEXT) + len(GOAL_TEXT)
+        if end < len(GOAL_TEXT) or not _EXITS.fullmatch(text, end):
             return Grade(False, "no answer")
         try:
             state, *lines = parse(text[max(text.rfind("Current State: ", 0, end), 0) : end])

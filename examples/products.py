@@ -196,7 +196,10 @@ def get_config(preset: str = "sft") -> ConfigDict:
             weight_decay=0.01, clip=1.0, beta1=0.9, beta2=0.99, momentum=0.95,
         ),
         limits=LIMITS,
-        sampler=dict(rows=64, lanes=2, view=4096, burst=8, bucket=16, temperature=0.0, top_k=0, top_p=1.0),
+        sampler=dict(
+            rows=64, workers=2, steps_per_call=8, length_bucket=16, max_gathered_slots=4096,
+            temperature=0.0, top_k=0, top_p=1.0,
+        ),
         evaluation=evaluation,
         mesh=MESH,
     )

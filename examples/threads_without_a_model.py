@@ -21,10 +21,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from parallel_runtime import Limits, Runtime
-from protocols import Fill, MalformedSpawn, Request, Spawn, Stopped
+from protocols import Completion, MalformedSpawn, PrefillRequest, Request, Spawn
 from records import END, Grade, Thread, metrics
 
-Script = Callable[[str, Fill], str]
+Script = Callable[[str, PrefillRequest], str]
 STORY = {  # what the policy writes after each context
     "sum 12+34:": "tens and ones <tens|ones>",
     "tens:": "10+30=40.",
@@ -68,11 +68,11 @@ class Toy:
         """Writes "[1,2]"."""
         return ids("[" + ",".join(answer(child) for child in children) + "]")
 
-    def answer(self, problem: str, ids_: Sequence[int]) -> tuple[int, list[int]]:
+    def force_answer(self, problem: str, ids_: Sequence[int]) -> tuple[int, list[int]]:
         """Makes a cut root go on with "="."""
         return len(ids_), ids("=")
 
-    def extend(self, ids_: Sequence[int]) -> tuple[int, list[int]] | None:
+    def force_continue(self, ids_: Sequence[int]) -> tuple[int, list[int]] | None:
         """Makes a root that gave up go on with "+"."""
         return None if "k" in text(ids_) else (len(ids_) - 1, ids("+"))
 
@@ -107,11 +107,11 @@ class ScriptedEngine:
         """Stops every row."""
         self.table = [Row() for _ in range(self.rows)]
         self.calls: dict[tuple[tuple[int, int], int], tuple[str, str]] = {}  # (key, drawn) -> context, sampled
-        self.fills: list[Fill] = []
+        self.fills: list[PrefillRequest] = []
         self.steps = 0
         self.shuffle = random.Random(0)
 
-    def prefill(self, fills: list[Fill]) -> None:
+    def prefill(self, fills: list[PrefillRequest]) -> None:
         """Starts rows, each of which will write what the script says."""
         assert len({fill.row for fill in fills}) == len(fills)
         for fill in fills:
@@ -119,17 +119,18 @@ class ScriptedEngine:
             assert not row.ahead, "the row is decoding"
             assert 0 <= fill.keep <= len(row.ids), "keeps more than the row holds"
             assert fill.keep == 0 or row.owner == fill.key, "keeps ids of another thread"
-            assert fill.ids and fill.limit >= 1 and fill.keep + len(fill.ids) + fill.limit <= self.context
+            most = fill.max_new_tokens
+            assert fill.ids and most >= 1 and fill.keep + len(fill.ids) + most <= self.context
             row.owner, row.ids = fill.key, row.ids[: fill.keep] + fill.ids
             stop = re.match("[^.>]*[.>]", told := self.script(text(row.ids), fill))
-            written = (stop.group() if stop else told)[: fill.limit]
-            assert written and (written[-1] in ".>" or len(written) == fill.limit), f"no script for {text(row.ids)!r}"
-            assert (fill.key, fill.drawn) not in self.calls, "the same draws twice"
-            self.calls[fill.key, fill.drawn] = text(row.ids), written
+            written = (stop.group() if stop else told)[:most]
+            assert written and (written[-1] in ".>" or len(written) == most), f"no script for {text(row.ids)!r}"
+            assert (fill.key, fill.num_sampled) not in self.calls, "the same draws twice"
+            self.calls[fill.key, fill.num_sampled] = text(row.ids), written
             row.ahead, row.sampled = ids(written), []
         self.fills += fills
 
-    def decode(self) -> list[Stopped]:
+    def decode(self) -> list[Completion]:
         """Rows that have stopped, in any order."""
         active = {number: row for number, row in enumerate(self.table) if row.ahead}
         assert active, "nothing to decode"
@@ -144,11 +145,11 @@ class ScriptedEngine:
         self.shuffle.shuffle(stopped)
         for row in (self.table[number] for number in stopped):
             row.ids = row.ids + row.sampled
-        return [Stopped(n, self.table[n].sampled, logprobs(self.table[n].sampled)) for n in stopped]
+        return [Completion(n, self.table[n].sampled, logprobs(self.table[n].sampled)) for n in stopped]
 
 
 def logprobs(of: Sequence[int]) -> list[float]:
-    """Made-up log-probs that tell ids apart."""
+    """Made-up log-probs that on_rollout ids apart."""
     return [-float(id_) for id_ in of]
 
 

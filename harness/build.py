@@ -65,7 +65,7 @@ class WorkersConfig(Checked):
     """How many samplers share the rows."""
 
     section = "sampler"
-    lanes: Annotated[int, at_least(1)]
+    workers: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def build(config: ConfigDict) -> Parts:
     domain = make_domain(config)
     model = ModelConfig(vocab_size=domain.language.vocab_size, **config.model)
     settings = dict(config.sampler)
-    workers = WorkersConfig(settings.pop("lanes")).lanes
+    workers = WorkersConfig(settings.pop("workers")).workers
     parts = Parts(
         config,
         domain,
@@ -137,7 +137,7 @@ def _check_together(parts: Parts) -> None:
     local = parts.sampler_mesh().size
     require(
         config.sampler.rows % (parts.workers * local) == 0,
-        f"sampler.rows={config.sampler.rows} must be a multiple of sampler.lanes={parts.workers} x {local} devices",
+        f"sampler.rows={config.sampler.rows} must be a multiple of sampler.workers={parts.workers} x {local} devices",
     )
     parts.sampler.fit(model, local)
     require(

@@ -53,22 +53,22 @@ def budget(parts: Parts) -> str:
     """The budget that a configuration gives its rollouts, in words."""
     limits = parts.limits
     words = [parts.domain.requested()]
-    if limits.answer_tokens:
-        words.append(f"answer after {limits.thread_tokens} tokens")
-    if limits.extensions:
-        words.append(f"sent on {limits.extensions} times")
-    return ", ".join(filter(None, words)) or "free"
+    if limits.forced_answer_tokens:
+        words.append(f"answer forced after {limits.thread_tokens} tokens")
+    if limits.min_budget_rounds:
+        words.append(f"forced to continue {limits.min_budget_rounds} times")
+    return ", ".join(filter(None, words)) or "no budget"
 
 
-def kept(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
-    """How the rollouts kept to their budget; None if they had none."""
+def adherence(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
+    """How the rollouts adherence to their budget; None if they had none."""
     limits, stated = parts.limits, parts.domain.usage(rollouts)
     if stated:
         return stats.adherence(*stated)
-    if not limits.answer_tokens:
+    if not limits.forced_answer_tokens:
         return None
     used = [sum(len(call.sampled) for call in rollout.root.calls) for rollout in rollouts]
-    return stats.adherence(used, 0, limits.thread_tokens + limits.answer_tokens)
+    return stats.adherence(used, 0, limits.thread_tokens + limits.forced_answer_tokens)
 
 
 def fingerprint(params: typing.Any) -> str:
@@ -93,7 +93,7 @@ def failures(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[list[str], dict
 def validate(pool: RolloutPool, params: typing.Any) -> dict[str, float]:
     """Solves the validation problems: accuracy with its interval, children per problem, share of each kind of fault."""
     rollouts = pool.solve(params, pool.parts.validation_set())
-    accuracy, low, high = stats.mean([float(rollout.grade.correct) for rollout in rollouts])
+    accuracy, low, high = stats.mean_with_interval([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
     shares = {f"failed_{kind}": share for kind, share in failures(pool.parts, rollouts)[1].items()}
     return {"accuracy": accuracy, "low": low, "high": high, "children": children, **shares}
@@ -135,13 +135,14 @@ def evaluate(
         task=config.task,
         **{name: facts[name] for name in ("method", "family", "threads")},
         budget=budget(parts),
-        asked={**config.get("prompt", {}), **config.limits},
+        requested=dict(config.get("budget", {})),
+        limits=dict(config.limits),
         temperature=parts.sampler.temperature,
         sampling={"top_k": parts.sampler.top_k, "top_p": parts.sampler.top_p},
         context=config.model.context,
         concurrent=parts.evaluation.concurrent,
         **measured,
-        kept=kept(parts, rollouts),
+        adherence=adherence(parts, rollouts),
         failures=shares,
         windows=stats.windows(rollouts, config.model.context, samples),
         demonstrator=at_equal_compute(demonstrators, measured),
@@ -223,7 +224,7 @@ def table(evaluation: Evaluation) -> str:
         ("total tokens per problem", f"{e.total_tokens:.0f}"),
         ("sequential tokens per problem", f"{e.sequential_tokens:.0f}"),
         ("longest context, mean", f"{e.longest_context:.0f}"),
-        ("budget, and share within it", "" if e.budget == "free" else budget_line(e)),
+        ("budget, and share within it", "" if e.budget == "no budget" else budget_line(e)),
         ("truncated, malformed", f"{e.truncated:.3f}, {e.malformed:.3f}"),
         ("accuracy within a context of", "  ".join(f"{w}: {a[0]:.3f}" for w, a in e.windows.items())),
         ("ms per problem: under load", f"{e.throughput_ms:.1f}"),
@@ -234,7 +235,7 @@ def table(evaluation: Evaluation) -> str:
 
 def budget_line(evaluation: Evaluation) -> str:
     """Budget and adherence to it."""
-    held = evaluation.kept
+    held = evaluation.adherence
     return f"{evaluation.budget}: {held['within']:.3f}, mean {held['used']:.1f}" if held else evaluation.budget
 
 

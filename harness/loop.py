@@ -92,8 +92,8 @@ def _checkpoint(
     started = time.monotonic()
     found = validate(pool, state.params)
     accuracy, seconds, step = found["accuracy"], time.monotonic() - started, extra["step"]
-    workdir.log(step, {f"heldout_{name}": value for name, value in found.items()} | {"heldout_seconds": seconds})
-    text = f"held-out accuracy {accuracy:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+    workdir.log(step, {f"validation_{name}": value for name, value in found.items()} | {"validation_seconds": seconds})
+    text = f"validation accuracy {accuracy:.3f} ({found['low']:.3f}-{found['high']:.3f})"
     print(f"step {step}: {text} with {found['children']:.1f} children ({seconds:.0f} s)", flush=True)
     if accuracy >= extra["best"]:  # of two equal ones the one that trained longer
         extra["best"] = accuracy

@@ -1,15 +1,16 @@
-"""Converts runs of the older format in place: their config.json and eval.json.
+"""Converts runs of the older format in place: their config.json, eval.json and metrics.jsonl.
 
     python -m harness.migrate RUN [RUN ...]
 
-The old format kept the temperature of the policy in the model, and had no field `task`. Parameters and logs stay as
-they are. A run that is converted already is left alone.
+The old format kept the temperature of the policy in the model, had no field `task`, and other names (`CONFIG`). The
+parameters stay as they are. Files that are converted already are left alone.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -17,22 +18,58 @@ from collections.abc import Sequence
 Json = dict[str, typing.Any]
 
 
+CONFIG = {  # field of the old format -> of the new one
+    "prompt.sub_calls": "budget.children",
+    "prompt.tokens": "budget.tokens",
+    "demonstrator.condition": "demonstrator.budget_fraction",
+    "threads.join": "threads.child_returns",
+    "threads.inherit": "threads.inherit_context",
+    "limits.answer_tokens": "limits.forced_answer_tokens",
+    "limits.extensions": "limits.min_budget_rounds",
+    "sampler.lanes": "sampler.workers",
+    "sampler.burst": "sampler.steps_per_call",
+    "sampler.bucket": "sampler.length_bucket",
+    "sampler.view": "sampler.max_gathered_slots",
+    "grpo.importance_cap": "grpo.tis_cap",
+    "grpo.eval_every": "train.eval_every",
+}
+ENTRY = {"pass": "pass_at", "cons": "cons_at", "kept": "adherence"}  # the same for a field of an entry of eval.json
+WORDS = (  # the same for the budget of an entry, in words
+    (r"^free$", "no budget"),
+    (r"(\d+) threads asked", r"\1 children requested"),
+    (r"(\d+) tokens asked", r"\1 tokens requested"),
+    (r"answer after (\d+) tokens", r"answer forced after \1 tokens"),
+    (r"sent on (\d+) times", r"forced to continue \1 times"),
+)
+
+
 def config(old: Json) -> Json:
     """A config of the new format with the meaning of an old one."""
-    new = json.loads(json.dumps(old))
+    new: Json = {}
+    for section, value in old.items():
+        for field, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            path = CONFIG.get(f"{section}.{field}", f"{section}.{field}").split(".")
+            if field:
+                new.setdefault(path[0], {})[path[1]] = inner
+            else:
+                new[section] = inner
     new["task"] = "countdown"
     temperature = new["model"].pop("temperature")
     new["sampler"]["temperature"] *= temperature  # the sampler's is that of the policy now
     if "grpo" in new:
-        new["train"] |= {"eval_every": new["grpo"].pop("eval_every"), "log_every": 1}
+        new["train"]["log_every"] = 1
     return new
 
 
 def evaluation(old: Json) -> Json:
     """An entry of eval.json in the new format."""
-    new = {name: value for name, value in old.items() if name not in ("pass", "cons", "results")}
-    new |= {"task": "countdown", "pass_at": old["pass"], "cons_at": old["cons"]}
-    new.setdefault("demonstrator_beams", [])
+    new = {ENTRY.get(name, name): value for name, value in old.items() if name not in ("asked", "results", "threads")}
+    asked = config({"model": {"temperature": 1.0}, "sampler": {"temperature": 1.0}, "limits": old["asked"]})["limits"]
+    new["requested"] = {"children": asked.pop("sub_calls"), "tokens": asked.pop("tokens")}
+    new |= {"task": "countdown", "limits": asked, "demonstrator_beams": old.get("demonstrator_beams", [])}
+    new["threads"] = {"child_returns": old["threads"]["join"], "inherit_context": old["threads"]["inherit"]}
+    for words, now in WORDS:
+        new["budget"] = re.sub(words, now, new["budget"])
     new["results"] = [result(old_result) for old_result in old["results"]]
     return new
 
@@ -43,32 +80,39 @@ def result(old: Json) -> Json:
     return {"problem": problem} | {name: value for name, value in old.items() if name not in problem}
 
 
+def log(old: Json) -> Json:
+    """A line of metrics.jsonl in the new format."""
+    names = {name: name.replace("heldout_", "validation_").replace("mismatch_", "sampler_trainer_gap_") for name in old}
+    if "loss" in old and "accuracy" in old:
+        names["accuracy"] = "token_accuracy"
+    return {names[name]: value for name, value in old.items()}
+
+
 def migrate(path: pathlib.Path) -> list[str]:
     """Converts the files of a run, and returns their names. Raises ValueError if there is no run."""
-    if not (path / "config.json").exists() and not (path / "eval.json").exists():
-        raise ValueError(f"{path} holds neither config.json nor eval.json")
+    files = {name: path / name for name in ("config.json", "eval.json", "metrics.jsonl")}
+    if not any(file.exists() for file in files.values()):
+        raise ValueError(f"{path} holds no run: no {', '.join(files)}")
     done = []
-    for name, is_old, convert in (("config.json", old_config, config), ("eval.json", old_evaluations, evaluations)):
-        file = path / name
-        if file.exists() and file.stat().st_size and is_old(value := json.loads(file.read_text())):
-            file.write_text(json.dumps(convert(value), indent=1) + "\n")
+    for name, file in files.items():
+        text = file.read_text() if file.exists() else ""
+        if (converted := _converted(name, text)) not in ("", text):
+            file.write_text(converted)
             done.append(name)
     return done
 
 
-def old_config(value: Json) -> bool:
-    """Whether a config is of the old format."""
-    return "task" not in value
-
-
-def old_evaluations(value: list[Json]) -> bool:
-    """Whether an eval.json is of the old format."""
-    return any("task" not in entry for entry in value)
-
-
-def evaluations(value: list[Json]) -> list[Json]:
-    """The entries of an old eval.json in the new format."""
-    return [evaluation(entry) for entry in value]
+def _converted(name: str, text: str) -> str:
+    """The text of a file in the new format; as it is if it is new already."""
+    if name == "metrics.jsonl":
+        lines = [json.dumps(log(json.loads(line))) for line in text.splitlines() if line.endswith("}")]
+        return text if lines == text.splitlines() else "".join(line + "\n" for line in lines)
+    value: typing.Any = json.loads(text) if text else []
+    if name == "config.json" and value and "task" not in value:
+        return json.dumps(config(value), indent=1) + "\n"
+    if name == "eval.json" and any("task" not in entry for entry in value):
+        return json.dumps([evaluation(entry) for entry in value], indent=1) + "\n"
+    return text
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -59,7 +59,7 @@ def _connect(distributed: str | None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def local(params: typing.Any) -> typing.Any:
+def fetch_full_params(params: typing.Any) -> typing.Any:
     """The whole parameters in this process. Fetches the shards that other processes hold."""
 
     def fetch(leaf: typing.Any) -> typing.Any:
@@ -69,7 +69,7 @@ def local(params: typing.Any) -> typing.Any:
     return jax.tree.map(fetch, params)
 
 
-def gather(share: list) -> list:
+def allgather_interleaved(share: list) -> list:
     """Merges the lists of all processes: item 0 of every process, then item 1 of every process, and so on.
 
     The inverse of `items[process_index::process_count]`. Every process gets the merged list.

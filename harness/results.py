@@ -39,8 +39,9 @@ class Evaluation:
     label: str
     task: str
     method: str
-    budget: str  # in words; "free" without one
-    asked: dict[str, int]  # the fields of the budget and the limits
+    budget: str  # in words; "no budget" without one
+    requested: dict[str, int]  # the budget that prompts state: children, tokens; -1 is none
+    limits: dict[str, int]  # bounds of a rollout
     threads: dict[str, typing.Any]  # what differs from the paper's spawn and join
     temperature: float
     sampling: dict[str, float]  # top_k, top_p
@@ -61,7 +62,7 @@ class Evaluation:
     throughput_ms: float  # wall clock of all / rollouts
     pass_at: dict[str, Estimate]  # k -> chance that one of k samples is right
     cons_at: dict[str, Estimate]  # k -> chance that the majority of k samples is right
-    kept: dict[str, typing.Any] | None  # use of the budget: asked (low, high), used (mean), within (share)
+    adherence: dict[str, typing.Any] | None  # use of the budget: asked (low, high), used (mean), within (share)
     failures: dict[str, float]  # kind of fault -> share of the rollouts
     windows: dict[str, Estimate]  # context window -> accuracy of what fits it
     demonstrator: float | None  # its accuracy where it spends what the model spends
@@ -97,7 +98,7 @@ def _checked(kind: type, value: typing.Any, where: str) -> dict[str, typing.Any]
     fields = {}
     for name, hint in _kinds(kind).items():
         if not isinstance(value, dict) or name not in value:
-            raise UsageError(f"{where} lacks the field {name}: measure it again with evaluate.py")
+            raise UsageError(f"{where} lacks the field {name}: measure it again, or convert an older one with `python -m harness.migrate`")
         if not isinstance(value[name], hint) or (bool not in hint and isinstance(value[name], bool)):
             raise UsageError(f"{where} has {json.dumps(value[name])[:60]} in the field {name}: measure it again")
         fields[name] = value[name]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from harness.build import Parts
-from harness.processes import gather, local
-from parallel_runtime import Interrupted, Runtime, side_by_side
+from harness.processes import allgather_interleaved, fetch_full_params
+from parallel_runtime import Interrupted, Runtime, run_on_workers
 from protocols import Request
 from records import Rollout, Thread
 from sampler import Sampler
@@ -24,10 +24,10 @@ class RolloutPool:
         self._samplers: dict[float, list[Sampler]] = {}
 
     def runtimes(
-        self, params: typing.Any, temperature: float, watch: Callable[[Thread], None] | None = None
+        self, params: typing.Any, temperature: float, on_call: Callable[[Thread], None] | None = None
     ) -> list[Runtime]:
         """One runtime per worker, sampling with these parameters at this temperature."""
-        parts, params = self.parts, local(params)
+        parts, params = self.parts, fetch_full_params(params)
         if temperature not in self._samplers:
             settings = dataclasses.replace(parts.sampler, temperature=temperature)
             stop_ids = (parts.domain.task.end_id, parts.domain.task.spawn_id)
@@ -36,7 +36,7 @@ class RolloutPool:
             ]
         for sampler in self._samplers[temperature]:
             sampler.update(params)
-        return [Runtime(sampler, parts.domain.task, parts.limits, watch) for sampler in self._samplers[temperature]]
+        return [Runtime(sampler, parts.domain.task, parts.limits, on_call) for sampler in self._samplers[temperature]]
 
     def seconds(self, temperature: float) -> dict[str, float]:
         """Seconds that a worker at this temperature has spent: on the device (two parts) and on the host."""
@@ -50,14 +50,14 @@ class RolloutPool:
         temperature: float,
         requests: Sequence[Request],
         seed: Sequence[int],
-        tell: Callable[[], None] | None = None,
+        on_rollout: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """Runs the requests, an equal share in each process. Every process gets all rollouts, in order.
 
-        `tell` is called after each rollout of this process.
+        `on_rollout` is called after each rollout of this process.
         """
         share = requests[jax.process_index() :: jax.process_count()]
-        return gather(side_by_side(self.runtimes(params, temperature), share, seed, tell))
+        return allgather_interleaved(run_on_workers(self.runtimes(params, temperature), share, seed, on_rollout))
 
     def solve(
         self,
@@ -65,11 +65,11 @@ class RolloutPool:
         problems: Sequence[typing.Any],
         samples: int = 1,
         concurrent: int = 0,
-        tell: Callable[[], None] | None = None,
+        on_rollout: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """`samples` rollouts of each problem, in order, as the configuration evaluates.
 
-        `concurrent` of them are in flight (0: all). `tell` is called after each rollout. Raises Interrupted, with
+        `concurrent` of them are in flight (0: all). `on_rollout` is called after each rollout. Raises Interrupted, with
         those that are done, on Ctrl-C.
         """
         requests = [Request(problem, index) for problem in problems for index in range(samples)]
@@ -78,7 +78,7 @@ class RolloutPool:
         done: list[Rollout] = []
         for start in range(0, len(requests), together):
             try:
-                done += self.run(params, temperature, requests[start : start + together], seed, tell)
+                done += self.run(params, temperature, requests[start : start + together], seed, on_rollout)
             except Interrupted as interrupt:
                 raise Interrupted(done + interrupt.rollouts) from interrupt
         return done

@@ -45,7 +45,7 @@ def normal(values: Sequence[float]) -> Estimate:
     return value, value - half, value + half
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean_with_interval(values: Sequence[float]) -> Estimate:
     """Mean of one share per problem; Wilson's interval where every value is 0 or 1, else the normal one."""
     if all(value in (0, 1) for value in values):
         return sum(values) / len(values), *wilson(round(sum(values)), len(values))
@@ -100,7 +100,7 @@ def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict
     """
     groups = grouped(rollouts, samples)
     shares = [sum(rollout.grade.correct for rollout in group) for group in groups]
-    value, low, high = mean([share / samples for share in shares])
+    value, low, high = mean_with_interval([share / samples for share in shares])
     costs = [records.metrics(rollout) for rollout in rollouts]
     return {
         "n": len(groups),
@@ -110,15 +110,15 @@ def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict
         "interval": (low, high),
         **{name: sum(cost[name] for cost in costs) / len(costs) for name in MEANS},
         "throughput_ms": 1e3 * seconds / len(rollouts),
-        "pass_at": {str(k): mean([pass_at(k, share, samples) for share in shares]) for k in counts(samples)},
-        "cons_at": {str(k): mean([cons_at(k, group) for group in groups]) for k in counts(samples)},
+        "pass_at": {str(k): mean_with_interval([pass_at(k, x, samples) for x in shares]) for k in counts(samples)},
+        "cons_at": {str(k): mean_with_interval([cons_at(k, group) for group in groups]) for k in counts(samples)},
     }
 
 
 def reached_within(correct: Sequence[bool], costs: Sequence[float], bound: float, samples: int = 1) -> Estimate:
     """Accuracy if only rollouts counted that cost at most `bound`."""
     within = [right and cost <= bound for right, cost in zip(correct, costs, strict=True)]
-    return mean(per_problem(within, samples))
+    return mean_with_interval(per_problem(within, samples))
 
 
 def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str, Estimate]:

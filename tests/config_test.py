@@ -20,7 +20,7 @@ from harness.evaluation import report
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
-from train_state import init_state, make_train_step
+from train_state import make_train_step, state_from_key
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
@@ -178,7 +178,7 @@ def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
     config.optimizer.warmup_steps = 0
     experiment = build(config)
     optimizer = experiment.optimizer
-    state = init_state(experiment.model, optimizer, experiment.mesh, jax.random.key(0))
+    state = state_from_key(experiment.model, optimizer, experiment.mesh, jax.random.key(0))
     before = jax.device_get(state.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(before)} == {np.dtype("float32")}
     batch = tiny_batch(4, 16, experiment.domain.language.vocab_size)
@@ -224,7 +224,7 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
     experiment = build(config)
     pool = RolloutPool(experiment)
     sft.train(pool, run)
-    params = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(0)).params
+    params = state_from_key(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(0)).params
     report(pool, params, experiment.test_set(), tmp_path, 1)
     monkeypatch.undo()
     unread = [

@@ -20,7 +20,7 @@ SHORT = [
     "--config=configs/apr.py:smoke",
     "--config.model.layers=1",
     "--config.sampler.rows=4",
-    "--config.sampler.bucket=512",
+    "--config.sampler.length_bucket=512",
     "--config.optimizer.steps=4",
     "--config.optimizer.warmup_steps=1",
     "--config.train.eval_every=2",
@@ -64,7 +64,7 @@ def test_only_the_first_process_prints(runs):
 def test_two_processes_train_alike(runs):
     logs = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path, _ in runs]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 2, 3, 4, 4]
-    for name in ("loss", "accuracy", "grad_norm", "heldout_accuracy", "heldout_children"):
+    for name in ("loss", "token_accuracy", "grad_norm", "validation_accuracy", "validation_children"):
         one, two = ([line[name] for line in log if name in line] for log in logs)
         np.testing.assert_allclose(one, two, rtol=1e-4)
 

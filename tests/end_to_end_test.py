@@ -16,7 +16,7 @@ from decoding import SamplerConfig
 from harness.build import Parts, build
 from harness.workdir import PRETRAINED, load_best, read_config
 from parallel_runtime import Runtime
-from protocols import Fill, Request, Stopped
+from protocols import Completion, PrefillRequest, Request
 from records import Rollout
 from sampler import Sampler
 
@@ -47,14 +47,14 @@ class Oracle:
     def reset(self) -> None:
         self.ids = []
 
-    def prefill(self, fills: list[Fill]) -> None:
+    def prefill(self, fills: list[PrefillRequest]) -> None:
         (self.fill,) = fills
         self.ids = self.ids[: self.fill.keep] + self.fill.ids
 
-    def decode(self) -> list[Stopped]:
+    def decode(self) -> list[Completion]:
         new: list[int] = []
         logprobs: list[float] = []
-        while len(new) < self.fill.limit and not (new and new[-1] in self.stop_ids):
+        while len(new) < self.fill.max_new_tokens and not (new and new[-1] in self.stop_ids):
             padded = np.zeros((1, -(-(len(self.ids) + 1) // 128) * 128), np.int32)
             padded[0, : len(self.ids)] = self.ids
             (first, second), (token, _) = map(np.asarray, self.best(padded, len(self.ids) - 1))
@@ -62,7 +62,7 @@ class Oracle:
             logprobs.append(float(first))
             new.append(int(token))
             self.ids.append(int(token))
-        return [Stopped(0, new, logprobs)]
+        return [Completion(0, new, logprobs)]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def calls(rollouts: list[Rollout]) -> list[tuple]:
 def run(setting, devices: int, rows: int, temperature: float) -> list[Rollout]:
     experiment, params, requests = setting
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    config = SamplerConfig(rows=rows, burst=16, bucket=192, view=1536, temperature=temperature, top_k=0, top_p=1.0)
+    config = SamplerConfig(rows=rows, steps_per_call=16, length_bucket=192, max_gathered_slots=1536, temperature=temperature, top_k=0, top_p=1.0)
     stop_ids = (experiment.domain.task.end_id, experiment.domain.task.spawn_id)
     engine = Sampler(experiment.model, params, config, stop_ids, mesh)
     return Runtime(engine, experiment.domain.task, experiment.limits).run(requests, seed=(0,))

@@ -28,13 +28,13 @@ from harness.cli import UsageError
 from harness.rollouts import RolloutPool
 from harness.workdir import read_config
 from parallel_runtime import Runtime
-from protocols import Fill, Stopped
+from protocols import Completion, PrefillRequest
 from records import Rollout
 from tests.harness.stats_test import rollout_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-SMALL = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.bucket=512")  # few compilations
+SMALL = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.length_bucket=512")  # few compilations
 
 
 def one_device(preset: str) -> ConfigDict:
@@ -51,12 +51,12 @@ def test_the_table_names_every_figure():
     rollouts = [rollout_of(True, [20], [], records.END, 40.0)]
     windows = stats.windows(rollouts, 64, 1)
     failures = {"exhausted": 0.5, "duplicate": 0.25, "truncated": 0.0625, "false_goal": 0.03, "wrong_state": 0.01}
-    kept = stats.adherence([3, 2], 3, 3)
+    held = stats.adherence([3, 2], 3, 3)
     parts = build(one_device("smoke"))
     summary = dataclasses.replace(evaluation.evaluate(parts, {"w": np.zeros(2)}, rollouts, 1.0, "APR", 7), demonstrator=0.75)
-    summary = dataclasses.replace(summary, windows=windows, failures=failures, budget="3 threads asked", kept=kept)
+    summary = dataclasses.replace(summary, windows=windows, failures=failures, budget="3 children requested", adherence=held)
     text = evaluation.table(summary)
-    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000", "3 threads asked: 0.500, mean 2.5"):
+    for figure in ("1.000", "1/1", "0.750", "20", "40", "1000.0", "16: 0.000", "32: 1.000", "64: 1.000", "3 children requested: 0.500, mean 2.5"):
         assert figure in text
     assert "exhausted: 0.500  duplicate: 0.250  truncated: 0.062  false_goal: 0.030\n" in text  # the first four
     assert re.search("^  failures +none$", evaluation.table(dataclasses.replace(summary, failures={})), re.MULTILINE)
@@ -111,16 +111,16 @@ class Replay:
         self.ids: dict[int, list[int]] = {row: [] for row in range(self.rows)}
         self.active: list[int] = []
 
-    def prefill(self, fills: list[Fill]) -> None:
+    def prefill(self, fills: list[PrefillRequest]) -> None:
         for fill in fills:
             self.ids[fill.row] = self.ids[fill.row][: fill.keep] + fill.ids
             self.active.append(fill.row)
 
-    def decode(self) -> list[Stopped]:
+    def decode(self) -> list[Completion]:
         row = self.active.pop()  # the last first: nothing may depend on who ends when
         sampled = self.script[tuple(self.ids[row])]
         self.ids[row] = self.ids[row] + sampled
-        return [Stopped(row, sampled, [0.0] * len(sampled))]
+        return [Completion(row, sampled, [0.0] * len(sampled))]
 
 
 class Scripted(RolloutPool):
@@ -135,8 +135,8 @@ class Scripted(RolloutPool):
         trace = solver.demonstrate(problem, self.domain.demonstrator, random.Random(index))
         return record(problem, trace, self.domain.task)
 
-    def runtimes(self, params, temperature, watch=None) -> list[Runtime]:
-        return [Runtime(Replay(self.recorded), self.domain.task, self.parts.limits, watch)]
+    def runtimes(self, params, temperature, on_call=None) -> list[Runtime]:
+        return [Runtime(Replay(self.recorded), self.domain.task, self.parts.limits, on_call)]
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +463,7 @@ def test_a_workdir_without_a_checkpoint_says_so(smoke_run, command: Callable, tm
 
 
 def test_another_evaluation_does_not_replace_the_runs_own(smoke_run, command, tmp_path, monkeypatch):
-    """With another temperature it goes elsewhere; asked for nothing else, it is the run's own once more."""
+    """With another temperature it goes elsewhere; no budget in the prompt else, it is the run's own once more."""
     before = (smoke_run.path / "eval.json").read_text()
     monkeypatch.chdir(tmp_path)
     ended = command(evaluate, f"--workdir={smoke_run.path}", "--config.mesh.data=1", "--config.sampler.temperature=1")
@@ -487,10 +487,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
 
 def test_what_a_config_asks_for_is_named():
     config = one_device("laptop")
-    assert evaluation.budget(build(config)) == "free" and evaluation.kept(build(config), []) is None
-    config.limits.update(thread_tokens=128, answer_tokens=32, extensions=2)
-    config.prompt.sub_calls = 3
-    assert evaluation.budget(build(config)) == "3 threads asked, answer after 128 tokens, sent on 2 times"
+    assert evaluation.budget(build(config)) == "no budget" and evaluation.adherence(build(config), []) is None
+    config.limits.update(thread_tokens=128, forced_answer_tokens=32, min_budget_rounds=2)
+    config.budget.children = 3
+    assert evaluation.budget(build(config)) == "3 children requested, answer forced after 128 tokens, forced to continue 2 times"
 
 
 def test_budgets_kept_are_counted_by_hand():
@@ -498,17 +498,17 @@ def test_budgets_kept_are_counted_by_hand():
     rollout = rollout_of(True, [20, 7], [[30, 50]], records.END, 0.0)
     alone = rollout_of(True, [100], [], records.END, 0.0)
     for field, value, used, within in (
-        ("prompt.sub_calls", 2, 1, 0.5),
-        ("prompt.tokens", 107, 82, 0.5),  # 107 itself, in a bin of 50: the line that asks has three ids
-        ("prompt.tokens", 157, 82, 0.0),
-        ("limits.answer_tokens", 1, 63.5, 0.5),
+        ("budget.children", 2, 1, 0.5),
+        ("budget.tokens", 107, 82, 0.5),  # 107 itself, in a bin of 50: the line that asks has three ids
+        ("budget.tokens", 157, 82, 0.0),
+        ("limits.forced_answer_tokens", 1, 63.5, 0.5),
     ):
         config = one_device("laptop")
         config.limits.thread_tokens = 50
         config.demonstrator.token_bin = 50
         config.update_from_flattened_dict({field: value})
-        kept = evaluation.kept(build(config), [rollout, alone])
-        assert kept and (kept["used"], kept["within"]) == (used, within), field
+        held = evaluation.adherence(build(config), [rollout, alone])
+        assert held and (held["used"], held["within"]) == (used, within), field
 
 
 def test_a_fingerprint_differs_where_a_parameter_does():
@@ -546,7 +546,7 @@ SWEEP = """
 from ml_collections import ConfigDict
 
 def get_config():
-    small = {{"mesh.data": (1,), "sampler.rows": (4,), "sampler.bucket": (512,), "evaluation.problems": (3,)}}
+    small = {{"mesh.data": (1,), "sampler.rows": (4,), "sampler.length_bucket": (512,), "evaluation.problems": (3,)}}
     entries = tuple({{"label": "APR", "workdir": {workdir!r}, "grid": {{**small, **grid}}}} for grid in {grids})
     return ConfigDict({{"name": "sweep", "entries": entries}})
 """
@@ -577,7 +577,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
     ended = command(evaluate, plan, output)
     assert ended.status == 0, ended.err
     summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
-    assert sorted((s["temperature"], s["asked"]["spawns"]) for s in summaries) == [(0, 0), (0, 16), (1, 16)]
+    assert sorted((s["temperature"], s["limits"]["spawns"]) for s in summaries) == [(0, 0), (0, 16), (1, 16)]
     assert json.loads(ended.out.splitlines()[-1])["points"] == 3
     monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured again"))
     assert command(evaluate, plan, output).status == 0
@@ -587,7 +587,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
     summaries = [json.loads(path.read_text())[0] for path in tmp_path.glob("out/*/eval.json")]
     assert len(summaries) == 4  # other draws are another point
     assert len({s["problem_set"] for s in summaries}) == 1  # ... on the same problems
-    assert sorted((s["seed"], s["asked"]["depth"]) for s in summaries) == [(0, 1)] * 3 + [(1, 0)]  # a field of them all
+    assert sorted((s["seed"], s["limits"]["depth"]) for s in summaries) == [(0, 1)] * 3 + [(1, 0)]  # a field of them all
 
 
 def test_a_sweep_warms_up_once_for_points_that_share_compiled_functions(smoke_run, command, tmp_path, monkeypatch):

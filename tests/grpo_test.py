@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import grpo
-import objective
+import objective as grpo_objective
 from configs import grpo as recipe
 from objective import GrpoConfig
 from packing import TokenBatch
 from records import END, SPAWN, Call, Grade, Rollout, Thread
-from train_state import Outputs
+from train_state import TokenStats
 
 
 def config(**changes) -> GrpoConfig:
@@ -43,27 +43,27 @@ def loss(logp, tokens: TokenBatch, **changes) -> jax.Array:
     """Loss per token of the one row."""
     logp = jnp.asarray([logp], jnp.float32) if not isinstance(logp, jax.Array) else logp
     zeros = jnp.zeros(logp.shape)
-    return objective.grpo_loss(config(**changes))(Outputs(logp, zeros, zeros), tokens)[0][0]
+    return grpo_objective.grpo_loss(config(**changes))(TokenStats(logp, zeros, zeros), tokens)[0][0]
 
 
 # ---------------------------------------------------------------- reward and advantage
 
 
 def test_reward_is_correctness_and_shaping_is_gated_by_it():
-    assert objective.reward(rollout(), config()) == 1 and objective.reward(rollout(False), config()) == 0
+    assert grpo_objective.reward(rollout(), config()) == 1 and grpo_objective.reward(rollout(False), config()) == 0
     # Total 6 + 3 + 5 = 14 tokens, sequential 6 + 5 = 11: a share of 3/14 is saved, more than the cap of 0.2.
     bonus = config(acceleration=0.5)
-    assert objective.reward(rollout(), bonus) == pytest.approx(1.1)
-    assert objective.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
-    assert objective.reward(rollout(False), bonus) == 0
+    assert grpo_objective.reward(rollout(), bonus) == pytest.approx(1.1)
+    assert grpo_objective.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
+    assert grpo_objective.reward(rollout(False), bonus) == 0
 
 
 def test_penalties_count_threads_and_tokens_past_the_budget():
-    assert objective.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
+    assert grpo_objective.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
     penalty = config(token_penalty=0.01, token_budget=10.0)
-    assert objective.reward(rollout(), penalty) == pytest.approx(0.96)
-    assert objective.reward(rollout(False), penalty) == pytest.approx(-0.04)
-    assert objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
+    assert grpo_objective.reward(rollout(), penalty) == pytest.approx(0.96)
+    assert grpo_objective.reward(rollout(False), penalty) == pytest.approx(-0.04)
+    assert grpo_objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_penalties_count_threads_and_tokens_past_the_budget():
     ],
 )
 def test_advantages_by_hand(kind, expected):
-    result = objective.ADVANTAGES[kind](np.asarray([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
+    result = grpo_objective.ADVANTAGES[kind](np.asarray([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
     np.testing.assert_allclose(result[0], expected, rtol=1e-5)
     assert not result[1].any()
 
 
-@pytest.mark.parametrize("kind", objective.ADVANTAGES)
+@pytest.mark.parametrize("kind", grpo_objective.ADVANTAGES)
 def test_a_group_of_equal_rewards_contributes_nothing_even_when_rounding_would(kind):
-    assert not objective.ADVANTAGES[kind](np.full((1, 3), 0.1 + 0.2)).any()
+    assert not grpo_objective.ADVANTAGES[kind](np.full((1, 3), 0.1 + 0.2)).any()
 
 
 # ---------------------------------------------------------------- weights
@@ -189,7 +189,7 @@ def test_a_two_armed_policy_learns_the_better_arm():
     for step in range(60):
         arms = jax.random.categorical(jax.random.fold_in(key, step), logits, shape=(16,))
         rewards = np.asarray(arms == 1, float)
-        tokens = batch(objective.ADVANTAGES["std"](rewards[None])[0], jax.nn.log_softmax(logits)[arms])
+        tokens = batch(grpo_objective.ADVANTAGES["std"](rewards[None])[0], jax.nn.log_softmax(logits)[arms])
         logits = logits - 0.3 * jax.grad(objective)(logits, arms, tokens)
     assert jax.nn.softmax(logits)[1] > 0.95
 
@@ -212,8 +212,8 @@ def test_a_two_armed_policy_learns_the_better_arm():
         {"kl_weight": -1.0},
         {"rollout_constant": 0.0},
         {"temperature": 0.0},
-        {"importance_cap": -1.0},
-        {"importance_cap": 2.0},
+        {"tis_cap": -1.0},
+        {"tis_cap": 2.0},
     ],
 )
 def test_a_bad_switch_is_named(change):

@@ -25,10 +25,10 @@ from harness.cli import UsageError
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, load_best, read_config
 from objective import GrpoConfig
-from packing import Segment, TokenBatch, lay_out, pack, pad_rows, places, split
+from packing import Segment, TokenBatch, lay_out, pack, pad_microbatches, places, to_microbatches
 from protocols import Request
 from records import CONTEXT, END, Call, Grade, Rollout, Thread
-from train_state import TrainState, init_params, init_state, make_mesh, make_train_step
+from train_state import TrainState, init_params, make_mesh, make_train_step, state_from_key
 
 GROUPS, SIZE = 3, 4
 
@@ -78,8 +78,8 @@ def collected(experiment: Parts) -> grpo.Collected:
 def batch_of(collection: grpo.Collected, config: ConfigDict) -> tuple[TokenBatch, list[list[Segment]]]:
     """The micro-batches of a step, and their rows."""
     context, micro_rows = config.model.context, config.train.micro_rows
-    rows = pad_rows(pack(grpo.make_segments(collection, GrpoConfig(**config.grpo), context), context), micro_rows)
-    return split(lay_out(rows, context), micro_rows), rows
+    rows = pad_microbatches(pack(grpo.make_segments(collection, GrpoConfig(**config.grpo), context), context), micro_rows)
+    return to_microbatches(lay_out(rows, context), micro_rows), rows
 
 
 def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
@@ -91,7 +91,7 @@ def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
     batch, _ = batch_of(collection, config)
     batch = batch._replace(ref_logp=batch.old_logp - 0.1)
     mesh = make_mesh(data, 1, 1)
-    params = jax.device_get(init_state(experiment.model, optax.sgd(1.0), mesh, jax.random.key(0)).params)
+    params = jax.device_get(state_from_key(experiment.model, optax.sgd(1.0), mesh, jax.random.key(0)).params)
     step = make_train_step(experiment.model, optax.sgd(1.0), objective.grpo_loss(GrpoConfig(**config.grpo)), mesh)
     state, *_ = step(TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0)), batch)
     return jax.tree.map(lambda old, new: old - np.asarray(new), params, state.params)
@@ -176,7 +176,7 @@ class Scripted(RolloutPool):
         super().__init__(build(config))
         self.right, self.asked = right, []
 
-    def run(self, params, temperature, requests, seed, tell=None):
+    def run(self, params, temperature, requests, seed, on_rollout=None):
         self.asked.append((temperature, [request.problem for request in requests], tuple(seed)))
         call = lambda: Call(0, [1], [2], [-1.0], END)
         return [
@@ -210,11 +210,11 @@ def test_groups_without_signal_are_kept_dropped_or_replaced():
     kept, cursor = collect(rl_config(), right)
     assert (len(kept.groups), cursor) == (4, 4)
     assert [not advantage.any() for advantage in kept.advantages] == even[:4]
-    live = kept.live()
+    live = kept.with_signal()
     assert live.advantages.any(axis=1).all() and len(live.groups) == len(live.rewards) == even[:4].count(False)
     assert live.groups[0] is kept.groups[even.index(False)]
     refilled, cursor = collect(rl_config(grpo__dead_groups="refill"), right)
-    assert even[:cursor].count(False) == len(refilled.live().groups) == 4 and cursor == len(refilled.groups) > 4
+    assert even[:cursor].count(False) == len(refilled.with_signal().groups) == 4 and cursor == len(refilled.groups) > 4
 
 
 # ------------------------------------------------------------------- the loop
@@ -226,7 +226,7 @@ class Killed(BaseException):
 
 def final(path: pathlib.Path, config: ConfigDict) -> tuple:
     experiment = build(config)
-    like = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
+    like = state_from_key(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
     restored = Workdir(path, config).restore(like)
     assert restored is not None
     return restored
@@ -242,7 +242,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkey
     config = rl_config(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
     reference = jax.device_get(
-        init_state(build(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
+        state_from_key(build(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
     )
     grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "whole", config), reference)
     with monkeypatch.context() as patch:
@@ -269,7 +269,7 @@ def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_
     config = rl_config(grpo__steps=2)
     experiment = build(config)
     reference = jax.device_get(
-        init_state(experiment.model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
+        state_from_key(experiment.model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
     )
     monkeypatch.setattr(loop, "_checkpoint", lambda *_: None)
     monkeypatch.setattr(Countdown, "grade", lambda *_: 1 / 0)
@@ -284,22 +284,22 @@ def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_
 def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     """The log-probs that rollouts were sampled with, within 1e-4 of the trainer's: parents, children, after joins."""
     config = grpo.combine(PRETRAINED, recipe.get_config("smoke"))
-    config.mesh.data, config.sampler.rows, config.sampler.bucket, config.sampler.view = 1, 16, 256, 4096  # few shapes
+    config.mesh.data, config.sampler.rows, config.sampler.length_bucket, config.sampler.max_gathered_slots = 1, 16, 256, 4096  # few shapes
     config.grpo.problems, config.grpo.temperature = 3, 0.5
     pool = RolloutPool(build(config))
     params, _ = load_best(PRETRAINED, pool.parts.param_shapes())
     trainer = grpo.Trainer(pool, params)
     collection, _ = grpo.collect(pool, trainer.config, params, 0, 0)
     batch, rows = batch_of(collection, config)
-    found = grpo.mismatch(batch, np.asarray(trainer.score(params, batch)), rows)
-    assert found.keys() == {"mismatch_parent", "mismatch_child", "mismatch_joined"}
+    found = grpo.sampler_trainer_gap(batch, np.asarray(trainer.score(params, batch)), rows)
+    assert found.keys() == {"sampler_trainer_gap_parent", "sampler_trainer_gap_child", "sampler_trainer_gap_joined"}
     assert all(0 < value < 1e-4 for value in found.values()), found
 
 
 def test_lanes_draw_the_ids_of_a_single_sampler(compilation_cache):
     drawn = []
     for lanes in (1, 2, 4):
-        experiment = build(rl_config(sampler__lanes=lanes))
+        experiment = build(rl_config(sampler__workers=lanes))
         params = init_params(experiment.model, jax.random.key(0))
         requests = [Request(experiment.domain.problem("train", 0, n // 2), n % 2) for n in range(11)]
         pool = RolloutPool(experiment)
@@ -343,7 +343,7 @@ def test_the_shipped_run_evaluates_and_goes_on_on_any_number_of_devices():
 
 def test_rollouts_can_be_told_of_a_budget():
     config = rl_config()
-    config.prompt.sub_calls = 5
+    config.budget.children = 5
     experiment = build(config)
     ids = experiment.domain.task.prompt(experiment.domain.problem("train", 0, 0))
     assert experiment.domain.language.decode(ids).startswith("Sub Call Budget: 5 ")

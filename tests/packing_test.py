@@ -13,7 +13,18 @@ import pytest
 
 import packing
 import records
-from packing import Segment, TokenBatch, lay_out, pack, pad_rows, places, segments, splice, split, take_row
+from packing import (
+    Segment,
+    TokenBatch,
+    lay_out,
+    pack,
+    pad_microbatches,
+    places,
+    segments,
+    splice,
+    take_row,
+    to_microbatches,
+)
 from records import Call, Thread
 
 Rows = list[list[Segment]]
@@ -129,7 +140,7 @@ def test_sampled_ids_see_exactly_what_they_were_sampled_from(length: int) -> Non
         threads = [thread for thread in threads if records.longest_context(thread) <= length]
         pieces = [piece for thread in threads for piece in segments(thread, length)]
         excess += len(pieces) - len(threads)
-        rows = pad_rows(pack(pieces, length), 3)
+        rows = pad_microbatches(pack(pieces, length), 3)
         batch = lay_out(rows, length)
         check(threads, batch, rows)
         check_layout(pieces, batch, rows)
@@ -226,9 +237,9 @@ def test_what_is_attached_to_a_segment_lies_on_its_sampled_ids() -> None:
 def test_rows_are_padded_to_a_power_of_two_of_micro_batches() -> None:
     rows = [[piece(3)] for _ in range(5)]
     for micro_rows, count in ((1, 8), (2, 8), (3, 6), (4, 8), (5, 5), (8, 8)):
-        padded = pad_rows(rows, micro_rows)
+        padded = pad_microbatches(rows, micro_rows)
         assert padded[:5] == rows and padded[5:] == [[]] * (count - 5)
-    micro = split(lay_out(pad_rows(rows, 2), 4), 2)
+    micro = to_microbatches(lay_out(pad_microbatches(rows, 2), 4), 2)
     assert micro.tokens.shape == (4, 2, 4)
     assert micro.sampled.any(axis=(1, 2)).tolist() == [True, True, True, False]  # empty micro-batches come last
 

@@ -19,7 +19,7 @@ import records
 from examples.products import Products
 from examples.threads_without_a_model import Script, ScriptedEngine, Toy, logprobs, text
 from parallel_runtime import Limits, Run, Runtime
-from protocols import Fill, Request, Stopped
+from protocols import Completion, PrefillRequest, Request
 from records import Rollout, Thread
 
 LIMITS = Limits(children=4, spawns=4, depth=1, thread_tokens=100, rollout_tokens=1000)
@@ -46,11 +46,11 @@ def start(
     *problems: str,
     limits: Limits = LIMITS,
     rows: int = 8,
-    watch: Callable[[Thread], None] | None = None,
+    on_call: Callable[[Thread], None] | None = None,
     **engine: int,
 ) -> tuple[ScriptedEngine, Watched, list[Request]]:
     scripted = ScriptedEngine(by_context(told) if isinstance(told, dict) else told, rows, **engine)
-    return scripted, Watched(scripted, Toy(), limits, watch), [Request(problem) for problem in problems or ("p:",)]
+    return scripted, Watched(scripted, Toy(), limits, on_call), [Request(problem) for problem in problems or ("p:",)]
 
 
 def solo(told: dict[str, str] | Script, **options: object) -> Thread:
@@ -214,7 +214,7 @@ def test_spawns_and_children_are_bounded() -> None:
 
 
 def test_a_root_that_is_cut_is_made_to_answer_once() -> None:
-    limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4)
+    limits = dataclasses.replace(LIMITS, thread_tokens=5, forced_answer_tokens=4)
     root = solo({"p:": "abcdefgh", "p:abcde=": "xy."}, limits=limits)
     assert story(root) == [("p:", "abcde", records.THREAD_TOKENS), ("=", "xy.", records.END)]
     assert text(root.ids()) == "p:abcde=xy."
@@ -225,26 +225,26 @@ def test_a_root_that_is_cut_is_made_to_answer_once() -> None:
 
 
 def test_a_child_that_is_cut_is_not_made_to_answer() -> None:
-    limits = dataclasses.replace(LIMITS, thread_tokens=5, answer_tokens=4, extensions=3)
+    limits = dataclasses.replace(LIMITS, thread_tokens=5, forced_answer_tokens=4, min_budget_rounds=3)
     root = solo({"p:": "k<a>", "a:": "bcdefg", "p:k[!]": "."}, limits=limits)
     assert story(root.spawns[0][0]) == [("a:", "bcdef", records.THREAD_TOKENS)]
 
 
 def test_a_root_that_gives_up_is_sent_on_so_many_times() -> None:
     told = {"p:": "ab.", "p:ab+": "c<d>", "d:": "1.", "p:ab+c[1]": "e.", "p:ab+c[1]e+": "f."}
-    root = solo(told, limits=dataclasses.replace(LIMITS, extensions=2))
+    root = solo(told, limits=dataclasses.replace(LIMITS, min_budget_rounds=2))
     assert story(root) == [
         ("p:", "ab.", records.END), ("+", "c<d>", records.SPAWN), ("[1]", "e.", records.END), ("+", "f.", records.END)
     ]  # fmt: skip
     assert text(root.ids()) == "p:ab+c[1]e+f."  # the end is taken back
     assert records.sequential_tokens(root) == len("ab.c<d>e.f.") + len("1.")
-    assert [call.stop for call in solo(told, limits=dataclasses.replace(LIMITS, extensions=1)).calls][-1:] == [records.END]
-    assert story(solo({"p:": "ak."}, limits=dataclasses.replace(LIMITS, extensions=2))) == [("p:", "ak.", records.END)]
+    assert [call.stop for call in solo(told, limits=dataclasses.replace(LIMITS, min_budget_rounds=1)).calls][-1:] == [records.END]
+    assert story(solo({"p:": "ak."}, limits=dataclasses.replace(LIMITS, min_budget_rounds=2))) == [("p:", "ak.", records.END)]
     assert story(solo(told)) == [("p:", "ab.", records.END)]
 
 
 def test_a_root_sent_on_without_a_token_left_answers_from_what_it_was_sent_on_with() -> None:
-    limits = dataclasses.replace(LIMITS, thread_tokens=3, answer_tokens=2, extensions=1)
+    limits = dataclasses.replace(LIMITS, thread_tokens=3, forced_answer_tokens=2, min_budget_rounds=1)
     root = solo({"p:": "ab.", "p:ab+=": "k."}, limits=limits)
     assert story(root) == [("p:", "ab.", records.END), ("+", "", records.THREAD_TOKENS), ("=", "k.", records.END)]
 
@@ -386,13 +386,13 @@ def test_rollouts_do_not_depend_on_rows_devices_or_bursts() -> None:
 
 def test_the_draws_of_a_call_are_fixed_by_its_thread_and_how_much_that_has_drawn() -> None:
     def draws(engine: ScriptedEngine) -> set[tuple[tuple[int, int], int]]:
-        return {(fill.key, fill.drawn) for fill in engine.fills}
+        return {(fill.key, fill.num_sampled) for fill in engine.fills}
 
     engine, _, requests, rollouts = busy(rows=32)
     assert draws(engine) == draws(busy(rows=1)[0]) == draws(busy(rows=8, devices=4, patience=3)[0])
     root = rollouts[0].root
     key = pr.thread_key(SEED, requests[0], ())
-    assert [fill.drawn for fill in engine.fills if fill.key == key] == [0, 9, 13]  # "ab<a|a|b>", "x<b>", "y."
+    assert [fill.num_sampled for fill in engine.fills if fill.key == key] == [0, 9, 13]  # "ab<a|a|b>", "x<b>", "y."
     keys = {
         pr.thread_key(SEED, r, thread.path) for r, o in zip(requests, rollouts, strict=True) for thread in o.threads()
     }
@@ -444,7 +444,7 @@ def test_an_interrupted_run_hands_over_what_is_finished(monkeypatch: pytest.Monk
     expected = runtime.run(requests, SEED)
     decode, calls = engine.decode, []
 
-    def interrupted() -> list[Stopped]:
+    def interrupted() -> list[Completion]:
         calls.append(1)
         if len(calls) == 4:  # "r:" has ended by now, "p:" has not
             raise KeyboardInterrupt
@@ -463,7 +463,7 @@ def test_an_interrupted_run_hands_over_what_is_finished(monkeypatch: pytest.Monk
 # ------------------------------------------------------------------- several runtimes side by side
 
 
-def echo(context: str, _: Fill) -> str:
+def echo(context: str, _: PrefillRequest) -> str:
     return context[0] * (3 + ord(context[0]) % 5) + "."
 
 
@@ -473,7 +473,7 @@ def test_lanes_do_the_work_of_one_runtime_each_an_equal_share(lanes: int) -> Non
     expected = runtime.run(requests, SEED)
     started = [start(echo, rows=1) for _ in range(lanes)]
     told: list[bool] = []
-    rollouts = pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED, lambda: told.append(True))
+    rollouts = pr.run_on_workers([runtime for _, runtime, _ in started], requests, SEED, lambda: told.append(True))
     assert same(rollouts) == same(expected) and len(told) == 5
     shares = [len(scripted.calls) for scripted, _, _ in started]
     assert sum(shares) == 5 and max(shares) - min(shares) <= 1
@@ -485,7 +485,7 @@ def test_lanes_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
         decode = engine.decode
         monkeypatch.setattr(engine, "decode", lambda decode=decode: (meeting.wait(), decode())[1])
     requests = [Request("p:"), Request("q:")]
-    assert len(pr.side_by_side([runtime for _, runtime, _ in started], requests, SEED)) == 2
+    assert len(pr.run_on_workers([runtime for _, runtime, _ in started], requests, SEED)) == 2
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
@@ -494,20 +494,20 @@ def test_what_stops_one_lane_stops_the_others(fault: type[BaseException], monkey
     requests = [Request("p:", index) for index in range(200)]
     decode, going = endless.decode, threading.Event()
 
-    def slow() -> list[Stopped]:
+    def slow() -> list[Completion]:
         if len(endless.calls) > 3:
             going.set()
             time.sleep(0.01)
         return decode()
 
-    def fail() -> list[Stopped]:
+    def fail() -> list[Completion]:
         going.wait()
         raise fault
 
     monkeypatch.setattr(endless, "decode", slow)
     monkeypatch.setattr(broken, "decode", fail)
     with pytest.raises(fault) as caught:
-        pr.side_by_side([first, second], requests, SEED)
+        pr.run_on_workers([first, second], requests, SEED)
     assert len(endless.calls) < len(requests) // 2  # its share
     if fault is KeyboardInterrupt:
         done = [rollout.index for rollout in caught.value.rollouts]  # type: ignore[attr-defined]
@@ -536,7 +536,7 @@ def test_one_row_does_one_problem_after_the_other() -> None:
 def test_a_waiting_parent_keeps_its_row_as_long_as_there_are_rows() -> None:
     engine, runtime, _, rollouts = busy(rows=32)
     assert runtime.evictions == 0
-    joins = [fill for fill in engine.fills if fill.drawn]
+    joins = [fill for fill in engine.fills if fill.num_sampled]
     assert joins and all(fill.keep > 0 for fill in joins)
     assert engine.steps == max(records.sequential_tokens(rollout.root) for rollout in rollouts)
 
@@ -546,7 +546,7 @@ def test_the_parent_that_began_to_wait_last_gives_up_its_row() -> None:
     told["p:[" + "1" * 20 + "]"] = "."
     engine, runtime, requests = start(told, "p:", "q:", rows=3)  # p and its child hold two; q yields the third to b
     check(runtime.run(requests, SEED), requests, engine, runtime)
-    joins = {text(fill.ids)[:2]: fill.keep for fill in engine.fills if fill.drawn}
+    joins = {text(fill.ids)[:2]: fill.keep for fill in engine.fills if fill.num_sampled}
     assert runtime.evictions == 1
     assert joins == {"[1": len("p:"), "q:": 0}  # p is extended in its row, q is prefilled again
 
@@ -571,20 +571,20 @@ def test_new_threads_go_to_the_least_busy_device() -> None:
 def test_watch_is_called_with_the_thread_whenever_a_call_of_it_has_stopped() -> None:
     seen: list[tuple[tuple[int, ...], int]] = []
     limits = dataclasses.replace(LIMITS, depth=2)
-    root = solo(BUSY, limits=limits, watch=lambda thread: seen.append((thread.path, len(thread.calls))))
+    root = solo(BUSY, limits=limits, on_call=lambda thread: seen.append((thread.path, len(thread.calls))))
     assert sorted(seen) == sorted((thread.path, n + 1) for thread in root.walk() for n in range(len(thread.calls)))
 
 
 def test_watch_is_called_for_calls_that_found_no_room_too() -> None:
     seen: list[tuple[tuple[int, ...], str]] = []
-    solo({"p:": "<A>", "p:[!]": "."}, context=20, watch=lambda thread: seen.append((thread.path, thread.stop)))
+    solo({"p:": "<A>", "p:[!]": "."}, context=20, on_call=lambda thread: seen.append((thread.path, thread.stop)))
     assert ((0, 0), records.CONTEXT) in seen
 
 
 # ------------------------------------------------------------------- a second task
 
 
-def calculate(context: str, _: Fill) -> str:
+def calculate(context: str, _: PrefillRequest) -> str:
     """A policy for `Products`; it believes that 7 * 7 is 48."""
     if partial := re.search(r"\[([\d+]*)\]$", context):
         return f"{sum(map(int, partial.group(1).split('+')))}."

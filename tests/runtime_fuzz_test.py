@@ -18,7 +18,7 @@ import pytest
 import records
 from examples.threads_without_a_model import Script, ScriptedEngine, Toy, ids, text
 from parallel_runtime import Limits
-from protocols import Fill, Request
+from protocols import PrefillRequest, Request
 from records import Rollout, Thread
 from tests.parallel_runtime_test import Watched, check
 
@@ -26,24 +26,24 @@ SEED = (7, 3)
 ROLLOUTS = 20  # per run
 
 
-def noise(context: str, fill: Fill) -> str:
-    random_ = random.Random(f"{fill.key} {fill.drawn}")
-    return "".join(random_.choices("kb<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.limit))
+def noise(context: str, fill: PrefillRequest) -> str:
+    random_ = random.Random(f"{fill.key} {fill.num_sampled}")
+    return "".join(random_.choices("kb<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.max_new_tokens))
 
 
-def grammar(context: str, fill: Fill) -> str:
-    random_ = random.Random(f"{fill.key} {fill.drawn}")
+def grammar(context: str, fill: PrefillRequest) -> str:
+    random_ = random.Random(f"{fill.key} {fill.num_sampled}")
     kind = random_.random()
     before = "x" * random_.randrange(12)
     if kind < 0.35:
-        return before + "." + "z" * fill.limit
+        return before + "." + "z" * fill.max_new_tokens
     if kind < 0.45:
-        return "y" * fill.limit
+        return "y" * fill.max_new_tokens
     names = random_.choices(
         ["a", "b", "cc", "A", "7", ""], (8, 8, 8, 2, 0.3, 0.3), k=random_.choice((0, 1, 1, 2, 2, 3, 4))
     )
     mark = "<" if kind < 0.97 else ""
-    return before + mark + "|".join(names) + ">" + "z" * fill.limit
+    return before + mark + "|".join(names) + ">" + "z" * fill.max_new_tokens
 
 
 def random_limits(random_: random.Random) -> Limits:
@@ -53,8 +53,8 @@ def random_limits(random_: random.Random) -> Limits:
         depth=random_.randint(0, 4),
         thread_tokens=random_.choice((1, 5, 20, 60)),
         rollout_tokens=random_.choice((1, 10, 50, 200, 1000)),
-        answer_tokens=random_.choice((0, 0, 1, 7)),
-        extensions=random_.choice((0, 0, 1, 3)),
+        forced_answer_tokens=random_.choice((0, 0, 1, 7)),
+        min_budget_rounds=random_.choice((0, 0, 1, 3)),
     )
 
 
@@ -99,7 +99,7 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
             continue
         if call.stop == records.THREAD_TOKENS:
             assert not answering and thread.path == () and sum(len(c.sampled) for c in thread.calls[: number + 1]) == bound
-            answering, bound = True, bound + limits.answer_tokens
+            answering, bound = True, bound + limits.forced_answer_tokens
             continue
         assert call.stop == records.SPAWN
         spawned, children = next(spawns)
@@ -113,14 +113,14 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
         assert 1 <= len(children) <= limits.children
     assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
     own = sum(len(call.sampled) for call in thread.calls)
-    assert spent == records.total_tokens(thread) <= allowance and own <= bound and extended <= limits.extensions
+    assert spent == records.total_tokens(thread) <= allowance and own <= bound and extended <= limits.min_budget_rounds
     assert own <= records.sequential_tokens(thread) <= spent
     last = thread.calls[-1].sampled[-1:]
     asked = last == ids(">")
     assert {
-        records.END: last == ids(".") and (thread.path or extended == limits.extensions or "k" in text(memory)),
+        records.END: last == ids(".") and (thread.path or extended == limits.min_budget_rounds or "k" in text(memory)),
         records.CONTEXT: len(memory) >= context,
-        records.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.answer_tokens),
+        records.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.forced_answer_tokens),
         records.ROLLOUT_TOKENS: spent == allowance,
         records.MALFORMED: asked and thread.detail,
         records.DEPTH: asked and len(thread.path) // 2 == limits.depth,

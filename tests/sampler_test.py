@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import decoding
 from decoding import SamplerConfig
 from model import Decoder, ModelConfig
-from protocols import Fill, Stopped
+from protocols import Completion, PrefillRequest
 from sampler import Sampler
 
 CONTEXT, VOCAB, STOP = 144, 11, 1
@@ -31,8 +31,8 @@ MODEL = Decoder(
         dtype="float32",
     )
 )
-GREEDY = SamplerConfig(rows=4, burst=8, bucket=72, view=288, temperature=0.0, top_k=0, top_p=1.0)
-DRAWN = SamplerConfig(rows=4, burst=16, bucket=144, view=576, temperature=1.0, top_k=0, top_p=1.0)
+GREEDY = SamplerConfig(rows=4, steps_per_call=8, length_bucket=72, max_gathered_slots=288, temperature=0.0, top_k=0, top_p=1.0)
+DRAWN = SamplerConfig(rows=4, steps_per_call=16, length_bucket=144, max_gathered_slots=576, temperature=1.0, top_k=0, top_p=1.0)
 NEAR_TIE = 1e-4
 
 
@@ -58,8 +58,8 @@ def log_softmax(ids: list[int], seed: int = 0) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def run(engine: Sampler, fills: list[Fill]) -> dict[int, Stopped]:
-    """All fills, keyed by the first word of their keys, in whatever rows are free; `Fill.row` is overwritten."""
+def run(engine: Sampler, fills: list[PrefillRequest]) -> dict[int, Completion]:
+    """All fills, keyed by the first word of their keys, in whatever rows are free; `PrefillRequest.row` is overwritten."""
     queue, held, result = list(fills), {}, {}
     while queue or held:
         free = [row for row in range(engine.rows) if row not in held]
@@ -72,16 +72,16 @@ def run(engine: Sampler, fills: list[Fill]) -> dict[int, Stopped]:
     return result
 
 
-def threads(limit: int) -> list[Fill]:
+def threads(limit: int) -> list[PrefillRequest]:
     """Threads with prompts of one id, of several chunks, and in between; every other one may draw half as much."""
     random = np.random.default_rng(3)
     return [
-        Fill(0, 0, random.integers(2, VOCAB, length).tolist(), (n, 2**32 - 1 - n), 0, limit // (1 + n % 2))
+        PrefillRequest(0, 0, random.integers(2, VOCAB, length).tolist(), (n, 2**32 - 1 - n), 0, limit // (1 + n % 2))
         for n, length in enumerate((1, 2, 33, 7, 131, 40, 5))
     ]
 
 
-def check_logprobs(fill: Fill, stopped: Stopped) -> None:
+def check_logprobs(fill: PrefillRequest, stopped: Completion) -> None:
     """The ids' log-probs are those of a training forward."""
     expected = log_softmax(fill.ids + stopped.ids)[len(fill.ids) - 1 : -1]
     np.testing.assert_allclose(
@@ -89,7 +89,7 @@ def check_logprobs(fill: Fill, stopped: Stopped) -> None:
     )
 
 
-def margin(fill: Fill, ids: list[int], others: list[int]) -> float:
+def margin(fill: PrefillRequest, ids: list[int], others: list[int]) -> float:
     """How far the first draw that differs is from the border between two ids, as a share of the distribution."""
     first = next(n for n, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other)
     cumulative = np.exp(log_softmax(fill.ids + ids[:first])[-1]).cumsum()
@@ -98,7 +98,7 @@ def margin(fill: Fill, ids: list[int], others: list[int]) -> float:
 
 
 def test_the_margin_of_a_draw_by_hand():
-    fill = Fill(0, 0, [2, 3], (7, 0), 0, 4)
+    fill = PrefillRequest(0, 0, [2, 3], (7, 0), 0, 4)
     u = float(decoding._uniform(jnp.asarray((7, 0), jnp.uint32), jnp.int32(0)))
     cumulative = np.exp(log_softmax([2, 3])[-1]).cumsum()
     drawn = int((cumulative > u).argmax())
@@ -116,7 +116,7 @@ def test_greedy_equals_the_oracle():
             assert logp.max() - logp[drawn] < NEAR_TIE
             ids.append(drawn)
         assert STOP not in stopped.ids[:-1]
-        assert stopped.ids[-1] == STOP or len(stopped.ids) == fill.limit or len(ids) == CONTEXT
+        assert stopped.ids[-1] == STOP or len(stopped.ids) == fill.max_new_tokens or len(ids) == CONTEXT
         check_logprobs(fill, stopped)
     ends = [result[fill.key[0]].ids[-1] == STOP for fill in fills]
     assert any(ends) and not all(ends)
@@ -127,9 +127,9 @@ def test_rows_devices_neighbours_and_order_do_not_matter():
     expected = run(Sampler(MODEL, params(), DRAWN, []), fills)
     eight, mixed = Mesh(devices, ("data",)), Mesh(devices[:4].reshape(2, 2, 1), ("data", "fsdp", "tensor"))
     others = [
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=1, burst=5, bucket=72), []), fills[::-1]),
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=1, steps_per_call=5, length_bucket=72), []), fills[::-1]),
         (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=16), [], eight), fills),
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=7, bucket=24, view=96), []), fills),  # many groups
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=7, length_bucket=24, max_gathered_slots=96), []), fills),  # many groups
         (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=4), [], mixed), fills[4:] + fills[:4]),
     ]
     ties = 0
@@ -150,20 +150,20 @@ def test_rows_devices_neighbours_and_order_do_not_matter():
 def test_rewind_and_extend_equals_starting_over(keep):
     engine = Sampler(MODEL, params(), DRAWN, [])
     prompt, joined = [3, 5, 2, 7, 4, 4, 6, 8, 9, 2], [5, 6, 7]
-    engine.prefill([Fill(1, 0, prompt, (4, 2), 0, 10), Fill(2, 0, prompt[::-1], (1, 2), 0, 10)])
+    engine.prefill([PrefillRequest(1, 0, prompt, (4, 2), 0, 10), PrefillRequest(2, 0, prompt[::-1], (1, 2), 0, 10)])
     drawn = {stopped.row: stopped.ids for stopped in [*engine.decode(), *engine.decode()]}
     whole = prompt + drawn[1]
     fed = engine.counters["prefill_tokens"]
-    engine.prefill([Fill(1, keep, joined, (4, 2), 10, 12)])
+    engine.prefill([PrefillRequest(1, keep, joined, (4, 2), 10, 12)])
     # The join's last id is fed when there is something to draw after it; the row's very last one had not been fed.
     assert engine.counters["prefill_tokens"] - fed == len(joined) - 1 + (keep == len(whole))
     (extended,) = engine.decode()
-    engine.prefill([Fill(0, 0, whole[:keep] + joined, (4, 2), 10, 12)])
+    engine.prefill([PrefillRequest(0, 0, whole[:keep] + joined, (4, 2), 10, 12)])
     (afresh,) = engine.decode()
     assert extended.ids == afresh.ids
     np.testing.assert_allclose(extended.logprobs, afresh.logprobs, atol=1e-5)
     # The neighbour, idle all the while, still has what it had.
-    engine.prefill([Fill(2, 20, [2], (4, 2), 0, 3), Fill(3, 0, [*prompt[::-1], *drawn[2], 2], (4, 2), 0, 3)])
+    engine.prefill([PrefillRequest(2, 20, [2], (4, 2), 0, 3), PrefillRequest(3, 0, [*prompt[::-1], *drawn[2], 2], (4, 2), 0, 3)])
     kept, refed = [*engine.decode(), *engine.decode()][:2]
     assert kept.ids == refed.ids
     np.testing.assert_allclose(kept.logprobs, refed.logprobs, atol=1e-5)
@@ -171,14 +171,14 @@ def test_rewind_and_extend_equals_starting_over(keep):
 
 def test_draws_depend_on_the_count_and_not_on_the_call():
     engine = Sampler(MODEL, params(), DRAWN, [])
-    engine.prefill([Fill(0, 0, [3, 4], (8, 9), 0, 20)])
+    engine.prefill([PrefillRequest(0, 0, [3, 4], (8, 9), 0, 20)])
     (whole,) = engine.decode()
-    engine.prefill([Fill(1, 0, [3, 4], (8, 9), 0, 7)])
+    engine.prefill([PrefillRequest(1, 0, [3, 4], (8, 9), 0, 7)])
     (first,) = engine.decode()
-    engine.prefill([Fill(3, 0, [3, 4, *first.ids], (8, 9), 7, 13)])
+    engine.prefill([PrefillRequest(3, 0, [3, 4, *first.ids], (8, 9), 7, 13)])
     (second,) = engine.decode()
     assert first.ids + second.ids == whole.ids
-    engine.prefill([Fill(1, 0, [3, 4], (8, 9), 1, 20)])
+    engine.prefill([PrefillRequest(1, 0, [3, 4], (8, 9), 1, 20)])
     (other,) = engine.decode()
     assert other.ids != whole.ids
 
@@ -201,7 +201,7 @@ def test_an_update_of_the_parameters_takes_effect_and_can_be_undone():
 def test_counters_and_limits():
     engine = Sampler(MODEL, params(), DRAWN, [])
     assert engine.decode() == []
-    result = run(engine, [Fill(0, 0, [3] * 5, (0, 0), 0, 6), Fill(0, 0, [4] * 141, (1, 0), 0, 50)])
+    result = run(engine, [PrefillRequest(0, 0, [3] * 5, (0, 0), 0, 6), PrefillRequest(0, 0, [4] * 141, (1, 0), 0, 50)])
     assert [len(result[number].ids) for number in range(2)] == [6, 3]  # the limit, the context
     assert engine.counters["decode_tokens"] == 9
     assert engine.counters["prefill_tokens"] == 4 + 140
@@ -212,7 +212,7 @@ def test_counters_and_limits():
 def test_a_reset_restores_what_an_interrupted_call_took():
     """A call owns the history until it returns: interrupted, it takes it along."""
     engine = Sampler(MODEL, params(), GREEDY, [])
-    fill = Fill(0, 0, [2, 3, 4], (0, 0), 0, 5)
+    fill = PrefillRequest(0, 0, [2, 3, 4], (0, 0), 0, 5)
     before = run(engine, [fill])
     for leaf in jax.tree.leaves(engine._history):
         leaf.delete()
@@ -220,7 +220,7 @@ def test_a_reset_restores_what_an_interrupted_call_took():
     assert run(engine, [fill]) == before
 
 
-FILL = Fill(0, 0, [2, 3], (0, 0), 0, 4)
+FILL = PrefillRequest(0, 0, [2, 3], (0, 0), 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -231,20 +231,20 @@ FILL = Fill(0, 0, [2, 3], (0, 0), 0, 4)
         (dict(keep=1), "cannot keep 1"),
         (dict(keep=-1), "cannot keep -1"),
         (dict(ids=[]), "needs ids"),
-        (dict(limit=0), "limit of at least 1"),
+        (dict(max_new_tokens=0), "limit of at least 1"),
         (dict(ids=[2] * CONTEXT), "no room"),
         (dict(row=1), "has not stopped"),
     ],
 )
 def test_impossible_fills_are_refused(change, message):
     engine = Sampler(MODEL, params(), DRAWN, [])
-    engine.prefill([Fill(1, 0, [2], (0, 0), 0, 4)])
+    engine.prefill([PrefillRequest(1, 0, [2], (0, 0), 0, 4)])
     with pytest.raises(ValueError, match=message):
         engine.prefill([dataclasses.replace(FILL, **change)])
 
 
 @pytest.mark.parametrize(
-    "change", [dict(rows=0), dict(burst=0), dict(bucket=0), dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)]
+    "change", [dict(rows=0), dict(steps_per_call=0), dict(length_bucket=0), dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)]
 )
 def test_impossible_configs_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -283,7 +283,7 @@ def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sa
 )
 def test_distribution_sampled_from(config, expected):
     logits = jnp.log(jnp.asarray(P, jnp.float32))[None] + 3
-    np.testing.assert_allclose(np.exp(decoding.sampling_logprobs(logits, config))[0], expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(decoding.adjusted_logprobs(logits, config))[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("by_key", [True, False])
@@ -293,7 +293,7 @@ def test_draws_follow_the_distribution(by_key):
     number = np.zeros(count, np.int32)
     keys[:, 1], number = (np.arange(count), number) if by_key else (7, np.arange(count))
     logits = jnp.tile(jnp.log(jnp.asarray(P, jnp.float32))[None], (count, 1))
-    ids, logp = decoding.draw(logits, jnp.asarray(keys), jnp.asarray(number), settings(temperature=0.7))
+    ids, logp = decoding.sample(logits, jnp.asarray(keys), jnp.asarray(number), settings(temperature=0.7))
     expected = P ** (1 / 0.7) / (P ** (1 / 0.7)).sum()
     seen = np.bincount(ids, minlength=len(P))
     assert ((seen - count * expected) ** 2 / (count * expected)).sum() < 25.7  # chi-square, 5 degrees, p = 1e-4
@@ -307,7 +307,7 @@ def test_ids_of_probability_zero_are_never_drawn(monkeypatch):
     logits = jnp.asarray([[-np.inf, 2.0, -np.inf, 1.0, 0.0, -np.inf]])
     for u, expected in [(0.0, 1), (0.66, 1), (0.67, 3), (0.9, 3), (0.92, 4), (1 - 2**-23, 4)]:
         monkeypatch.setattr(decoding, "_uniform", lambda key, number, u=u: jnp.float32(u))
-        ids, _ = decoding.draw(logits, jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), settings())
+        ids, _ = decoding.sample(logits, jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), settings())
         assert int(ids[0]) == expected
 
 
@@ -318,5 +318,5 @@ def test_rounding_does_not_draw_ids_of_probability_zero(monkeypatch):
     cumulative = jnp.cumsum(jnp.exp(jax.nn.log_softmax(jnp.asarray(logits)[None])), axis=-1)[0]
     monkeypatch.setattr(decoding, "_uniform", lambda key, number: (cumulative / cumulative.max())[number] * (1 - 2**-23))
     rows = jnp.arange(999)
-    ids, _ = decoding.draw(jnp.tile(logits, (999, 1)), jnp.zeros((999, 2), jnp.uint32), rows, settings())
+    ids, _ = decoding.sample(jnp.tile(logits, (999, 1)), jnp.zeros((999, 2), jnp.uint32), rows, settings())
     assert (np.asarray(ids) % 2 == 1).all()

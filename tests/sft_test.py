@@ -26,10 +26,10 @@ from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
 from records import Call, Rollout
-from train_state import Outputs, init_state
+from train_state import TokenStats, state_from_key
 
 CONTEXT = 384
-WALL_CLOCK = {"tokens_per_second", "heldout_seconds"}
+WALL_CLOCK = {"tokens_per_second", "validation_seconds"}
 HEADLINE = {"method", "n", "correct", "accuracy", "interval", "total_tokens", "sequential_tokens", "children"}
 HEADLINE |= {"milliseconds", "seed", "checkpoint", "demonstrator"}
 
@@ -48,7 +48,7 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
         "train.eval_every": 4,
         "train.eval_problems": 4,
         "sampler.rows": 4,
-        "sampler.bucket": CONTEXT,
+        "sampler.length_bucket": CONTEXT,
         "optimizer.steps": 9,
         "optimizer.warmup_steps": 2,
     }
@@ -89,7 +89,7 @@ def test_the_log_has_every_step_once_and_the_loss_falls(smoke_run):
     training = [line for line in lines if "loss" in line]
     vocabulary = Tokenizer(apr.get_config("smoke").number_limit).vocab_size
     assert [line["step"] for line in training] == list(range(1, 21))
-    assert [line["step"] for line in lines if "heldout_accuracy" in line] == [10, 20]
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == [10, 20]
     assert training[0]["loss"] == pytest.approx(math.log(vocabulary), abs=1)
     assert training[-1]["loss"] < 0.9 * training[0]["loss"]
     assert all(line["sampled_tokens"] > 0 and 0 <= line["overlong"] <= 1 for line in training)
@@ -118,7 +118,7 @@ def test_the_loss_is_the_weighted_negative_log_likelihood():
     weight = np.asarray([[0, 0.25, 0.25, 0], [0, 0.5, 0, 0]], np.float32)
     fields = dict.fromkeys(TokenBatch._fields, np.zeros((2, 4), np.float32))
     batch = TokenBatch(**{**fields, "weight": weight})
-    loss, extra = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
+    loss, extra = sft.sft_loss(TokenStats(logp, logp, logp > 0), batch)
     np.testing.assert_allclose(loss, [[0, 0.25, 0.5, 0], [0, 2.0, 0, 0]])  # sums to 2.75
     assert extra == {}
 
@@ -128,7 +128,7 @@ def test_the_mean_over_a_batch_is_over_sampled_ids_whatever_the_rows():
     for rows in (1, 3):
         batch = sft.DemonstrationStream(build(tiny_config(train__rows=rows))).next()
         logp = jnp.full(batch.tokens.shape, -7.0)
-        loss, _ = sft.sft_loss(Outputs(logp, logp, logp > 0), batch)
+        loss, _ = sft.sft_loss(TokenStats(logp, logp, logp > 0), batch)
         assert float(loss.sum()) == pytest.approx(7.0, rel=1e-5)
 
 
@@ -289,7 +289,7 @@ def runs(tmp_path_factory, compilation_cache) -> dict[str, pathlib.Path]:
 def final(path: pathlib.Path) -> tuple:
     """The last state of a run and what is saved with it."""
     experiment = build(tiny_config())
-    like = init_state(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
+    like = state_from_key(experiment.model, experiment.optimizer, experiment.mesh, jax.random.key(1))
     restored = Workdir(path, tiny_config()).restore(like)
     assert restored is not None
     return restored

@@ -16,7 +16,7 @@ import pytest
 import solver
 from countdown import search
 from countdown.grader import Problem, grade_path, grade_steps
-from countdown.language import GOAL, Tokenizer, parse, render
+from countdown.language import GOAL_TEXT, Tokenizer, parse, render
 from countdown.task import Countdown
 from protocols import MalformedSpawn
 from records import CONTEXT, END, SPAWN, Call, Thread
@@ -25,9 +25,9 @@ from solver import DemonstratorConfig, ProblemRange, demonstrate, problem
 ROOT = pathlib.Path(__file__).parent.parent
 PAPER = ProblemRange(4, 1, 99, 10, 100)
 LAPTOP = ProblemRange(3, 1, 20, 10, 50)
-APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, condition=0, token_bin=512)
-SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, condition=0, token_bin=512)
-SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, condition=0, token_bin=512)
+APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0, token_bin=512)
+SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0, token_bin=512)
+SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512)
 CONFIGS = {"apr": APR, "sosp": SOSP, "sos": SOS}
 TOKENIZER = Tokenizer(100)
 
@@ -68,7 +68,7 @@ class Scripted(random.Random):
 def expansions_of(text):
     """(operations listed, handed out, ended by the goal) of each expanded state of a text, up to its first goal."""
     found = []
-    for line in parse(text.partition(GOAL)[0] + GOAL * (GOAL in text)):
+    for line in parse(text.partition(GOAL_TEXT)[0] + GOAL_TEXT * (GOAL_TEXT in text)):
         if line.kind == "state" and len(line.numbers) > 1:
             found.append([[], False, False])
         elif line.kind == "explore":
@@ -86,7 +86,7 @@ def written_of(reference):
 
 
 def script_of(reference):
-    children = [*reference["sub_calls"], []]
+    children = [*reference["children_budget"], []]
     for text, spawned in zip(written_of(reference), children, strict=True):
         yield from expansions_of(text)
         for child in spawned:
@@ -102,7 +102,7 @@ def assert_same(reference, trace, prompt):
             assert move.startswith("Moving to Node #0,")
             missing += 1
         assert ours == theirs
-    for theirs, ours in zip(reference["sub_calls"], trace.spawns, strict=True):
+    for theirs, ours in zip(reference["children_budget"], trace.spawns, strict=True):
         for child, trace_of_child in zip(theirs, ours, strict=True):
             missing += assert_same(child, trace_of_child, trace_of_child.prompt)
     return missing
@@ -110,7 +110,7 @@ def assert_same(reference, trace, prompt):
 
 def replayed(method, case):
     """The search that a reference trace records, with its random choices scripted, and the reference as a tree."""
-    reference = case["trace"] if method == "apr" else {"main_calls": [case["trace"]], "sub_calls": []}
+    reference = case["trace"] if method == "apr" else {"main_calls": [case["trace"]], "children_budget": []}
     rng = Scripted(script_of(reference))
     node = search.Node("0", case["nums"], "", 0, "", None)
     if method == "apr":
@@ -211,7 +211,7 @@ def test_demonstrators_solve_as_often_as_the_released_ones():
         for i in range(300):
             drawn = problem(PAPER, "train", 2, i)
             trace = demonstrate(drawn, CONFIGS[method], random.Random(i))
-            solved += GOAL in trace.calls[-1]
+            solved += GOAL_TEXT in trace.calls[-1]
         assert low < solved / 300 < high, method
 
 
@@ -219,7 +219,7 @@ def test_demonstrations_are_graded_by_what_they_found():
     verdicts = set()
     for method in CONFIGS:
         for drawn, trace, rollout in demonstrations(method):
-            found = GOAL in trace.calls[-1]
+            found = GOAL_TEXT in trace.calls[-1]
             verdicts.add((method, found))
             assert rollout.grade.correct == found
             assert rollout.grade == Countdown(TOKENIZER, method).grade(drawn, rollout.root)
@@ -362,10 +362,10 @@ def test_malformed_spawns_are_refused_with_the_value(text, reason):
 
 def test_a_child_that_inherits_sees_its_parents_context_before_the_spawn():
     ids = TOKENIZER.encode(PARENT + block("0 at level 1> Moving to Node #0,0"))
-    task = Countdown(TOKENIZER, "apr", inherit=True)
+    task = Countdown(TOKENIZER, "apr", inherit_context=True)
     (prompt,) = task.spawn(ids).prompts
     assert TOKENIZER.decode(prompt) == PARENT + CHILD
-    child = Thread((0, 0), [Call(0, prompt, [*TOKENIZER.encode(f"24,24{GOAL}{CHILD_PATH}"), 1])])
+    child = Thread((0, 0), [Call(0, prompt, [*TOKENIZER.encode(f"24,24{GOAL_TEXT}{CHILD_PATH}"), 1])])
     assert TOKENIZER.decode(task.join([child])) == (
         f"<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n{CHILD_PATH}<End Sub Searches>\n"
     )
@@ -373,16 +373,16 @@ def test_a_child_that_inherits_sees_its_parents_context_before_the_spawn():
 
 def test_a_join_of_texts_hands_over_all_that_children_wrote():
     task = Countdown(TOKENIZER, "apr", child_returns="text")
-    won, lost = child_thread(f"24,24{GOAL}{CHILD_PATH}"), child_thread("14,24 unequal: No Solution\nNo solution found.")
+    won, lost = child_thread(f"24,24{GOAL_TEXT}{CHILD_PATH}"), child_thread("14,24 unequal: No Solution\nNo solution found.")
     assert TOKENIZER.decode(task.join([won, lost])) == (
-        f"<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n24,24{GOAL}{CHILD_PATH}"
+        f"<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,0>\n24,24{GOAL_TEXT}{CHILD_PATH}"
         "<No Solution in Sub Search 1 at level 1 at Node #0,0>\n14,24 unequal: No Solution\nNo solution found.\n"
         "<End Sub Searches>\n"
     )
     assert TOKENIZER.decode(Countdown(TOKENIZER, "apr").join([lost])) == (
         "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,0>\n<End Sub Searches>\n"
     )
-    drawn = [*TOKENIZER.encode("14,24"), *TOKENIZER.encode(","), *TOKENIZER.encode(GOAL)]  # decodes, but not back
+    drawn = [*TOKENIZER.encode("14,24"), *TOKENIZER.encode(","), *TOKENIZER.encode(GOAL_TEXT)]  # decodes, but not back
     with pytest.raises(ValueError, match="not in the trace language"):
         TOKENIZER.encode(TOKENIZER.decode(drawn))
     strange = child_thread("14,24 unequal: No Solution\n")
@@ -416,24 +416,24 @@ def test_a_cut_root_is_made_to_claim_the_goal_after_its_last_whole_line():
     task = Countdown(TOKENIZER, "sosp")
     drawn = Problem((6, 2, 2), 24)
     cut = TOKENIZER.encode(PARENT + "Exploring Operation: 6/2")
-    keep, claim = task.answer(drawn, cut)
-    assert (TOKENIZER.decode(cut[:keep]), TOKENIZER.decode(claim)) == (PARENT, f"24,24{GOAL}")
-    claimed = TOKENIZER.encode(f"{PARENT}24,24{GOAL}Moving to Node #0\nCurrent State: ")
-    keep, claim = task.answer(drawn, claimed)
-    assert TOKENIZER.decode(claimed[:keep]) + TOKENIZER.decode(claim) == f"{PARENT}24,24{GOAL}"
+    keep, claim = task.force_answer(drawn, cut)
+    assert (TOKENIZER.decode(cut[:keep]), TOKENIZER.decode(claim)) == (PARENT, f"24,24{GOAL_TEXT}")
+    claimed = TOKENIZER.encode(f"{PARENT}24,24{GOAL_TEXT}Moving to Node #0\nCurrent State: ")
+    keep, claim = task.force_answer(drawn, claimed)
+    assert TOKENIZER.decode(claimed[:keep]) + TOKENIZER.decode(claim) == f"{PARENT}24,24{GOAL_TEXT}"
 
 
 def test_a_root_that_gave_up_is_sent_to_the_first_node_it_never_moved_to():
     task = Countdown(TOKENIZER, "sosp")
     for given_up in ("", "No solution found.\n"):
         ids = TOKENIZER.encode(f"{PARENT}{CHILD}{given_up}")
-        forced = task.extend([*ids, 1])
+        forced = task.force_continue([*ids, 1])
         assert forced is not None
         keep, more = forced
         assert TOKENIZER.decode(ids[:keep] + more) == f"{PARENT}{CHILD}Moving to Node #0,1\n"
     joined = "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,1>\n<End Sub Searches>\n"
-    for text in (f"{PARENT}{joined}{CHILD}", f"{PARENT}24,24{GOAL}", f"{PARENT}Moving to Node #0,1"):
-        assert task.extend([*TOKENIZER.encode(text), 1]) is None  # nothing left, an answer, no whole line
+    for text in (f"{PARENT}{joined}{CHILD}", f"{PARENT}24,24{GOAL_TEXT}", f"{PARENT}Moving to Node #0,1"):
+        assert task.force_continue([*TOKENIZER.encode(text), 1]) is None  # nothing left, an answer, no whole line
 
 
 def child_thread(written, stop=END):
@@ -497,7 +497,7 @@ def test_huge_numbers_in_model_output_do_no_harm():
 
 def test_budgets_are_prefixes():
     drawn = Problem((7, 2, 19), 31)
-    apr = Countdown(TOKENIZER, "apr", sub_calls=10)
+    apr = Countdown(TOKENIZER, "apr", children_budget=10)
     assert TOKENIZER.decode(apr.prompt(drawn)) == (
         "Sub Call Budget: 10 Moving to Node #0\nCurrent State: 31:[7, 2, 19], Operations: []\n"
     )
@@ -508,11 +508,11 @@ def test_budgets_are_prefixes():
         "Token Budget: 1024 Current State: 31:[7, 2, 19], Operations: []\n"
     )
     assert TOKENIZER.decode(budget.spawn(ids).prompts[0]) == "Token Budget: 1024 " + CHILD
-    written = TOKENIZER.encode(f"24,24{GOAL}{CHILD_PATH}")
+    written = TOKENIZER.encode(f"24,24{GOAL_TEXT}{CHILD_PATH}")
     child = Thread((0, 0), [Call(0, budget.spawn(ids).prompts[0], [*written, 1])])
     assert CHILD_PATH in TOKENIZER.decode(budget.join([child]))
-    with pytest.raises(ValueError, match="sub_calls must not be negative, it is -1"):
-        Countdown(TOKENIZER, "apr", sub_calls=-1)
+    with pytest.raises(ValueError, match="children_budget must not be negative, it is -1"):
+        Countdown(TOKENIZER, "apr", children_budget=-1)
     with pytest.raises(ValueError, match="method='bfs' must be one of sos, sosp, apr"):
         Countdown(TOKENIZER, "bfs")
 
@@ -520,7 +520,7 @@ def test_budgets_are_prefixes():
 @pytest.mark.parametrize("method", ["apr", "sosp"])
 def test_conditioned_demonstrations_carry_what_they_used(method):
     plain = CONFIGS[method]
-    config = dataclasses.replace(plain, condition=0.5)
+    config = dataclasses.replace(plain, budget_fraction=0.5)
     prefixed = 0
     for index in range(30):
         rollout = solver.demonstration(PAPER, config, Countdown(TOKENIZER, method), "train", 0, index)
@@ -671,8 +671,8 @@ def test_impossible_families_are_refused(family):
         (lambda: dataclasses.replace(APR, beam=(3, 2)), "beam"),
         (lambda: dataclasses.replace(APR, sub_beam_high=9), "sub_beam_high must be at least the beam, 10, not 9"),
         (lambda: dataclasses.replace(APR, spawn_probability=1.5), "spawn_probability=1.5 must be from 0 to 1"),
-        (lambda: dataclasses.replace(APR, condition=-0.1), "condition=-0.1 must be from 0 to 1"),
-        (lambda: dataclasses.replace(SOS, condition=0.5), "SoS has no budget"),
+        (lambda: dataclasses.replace(APR, budget_fraction=-0.1), "budget_fraction=-0.1 must be from 0 to 1"),
+        (lambda: dataclasses.replace(SOS, budget_fraction=0.5), "SoS has no budget"),
         (lambda: dataclasses.replace(SOSP, token_bin=0), "token_bin=0 must be at least 1"),
     ],
 )
@@ -729,7 +729,7 @@ def test_command_line_prints_threads(capsys):
 def test_command_line_prints_the_record(capsys):
     status, out, _ = command(capsys, *QUESTION, "--method=sosp", "--json")
     fields = json.loads(out)
-    assert status == 0 and fields["method"] == "sosp" and fields["number_limit"] == 10
+    assert status == 0 and fields["task"] == "countdown" and fields["facts"] == {"method": "sosp", "number_limit": 10}
     assert fields["rollout"]["problem"] == {"numbers": [22, 26, 31, 53], "target": 27}
     (call,) = fields["rollout"]["root"]["calls"]
     assert Tokenizer(10).decode(call["injected"]) == solver.root_prompt(Problem((22, 26, 31, 53), 27), "sosp")

@@ -22,21 +22,21 @@ import pytest
 from jax import Array
 
 from model import Decoder, ModelConfig, param_spec
-from packing import Segment, TokenBatch, lay_out, places, segments, splice, split
+from packing import Segment, TokenBatch, lay_out, places, segments, splice, to_microbatches
 from records import Call, Thread, longest_context
 from tests.packing_test import random_thread
 from train_state import (
     OptimizerConfig,
-    Outputs,
+    TokenStats,
     TrainState,
     init_params,
-    init_state,
     make_mesh,
     make_optimizer,
     make_score,
     make_train_step,
-    outputs,
-    start_state,
+    new_state,
+    state_from_key,
+    token_stats,
 )
 
 MODEL = Decoder(ModelConfig(64, 32, 1, 4, 2, 8, 64, context=64, rope_theta=1e4, tied=False, dtype="float32"))
@@ -65,13 +65,13 @@ def hurry() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def distance_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+def distance_loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     """Not a useful loss, but one that any misplaced weight, advantage or old log-prob changes."""
     off = out.logp - batch.old_logp
     return batch.weight * (batch.advantage * out.logp + 0.1 * off * off), {"off": batch.weight * off}
 
 
-def sft_loss(out: Outputs, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+def sft_loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     return -batch.weight * out.logp, {}
 
 
@@ -135,11 +135,11 @@ def initial() -> Tree:
     return jax.device_get(jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0)))
 
 
-def model_outputs(batch: TokenBatch) -> Outputs:
+def model_outputs(batch: TokenBatch) -> TokenStats:
     return _outputs(MODEL, initial(), batch)
 
 
-_outputs = jax.jit(outputs, static_argnums=0)
+_outputs = jax.jit(token_stats, static_argnums=0)
 
 
 @functools.cache
@@ -149,7 +149,7 @@ def descent(data: int = 1, fsdp: int = 1, tensor: int = 1, loss: typing.Any = di
 
 def gradient(batch: TokenBatch, *mesh: int, loss: typing.Any = distance_loss) -> tuple[Tree, dict[str, float]]:
     """Gradient and metrics of one step."""
-    state, metrics, _ = descent(*mesh, loss=loss)(start_state(optax.sgd(1.0), initial()), batch)
+    state, metrics, _ = descent(*mesh, loss=loss)(new_state(optax.sgd(1.0), initial()), batch)
     return jax.tree.map(lambda old, new: old - np.asarray(new), initial(), state.params), jax.device_get(metrics)
 
 
@@ -195,7 +195,7 @@ CASES = {
     "another order": lambda: (stack(pack(shuffled(whole()))), ()),
     "two micro-batches, more padding": lambda: (stack(halves()), ()),
     "an empty micro-batch": lambda: (stack(pack(whole()), least=2), ()),
-    "one row per micro-batch": lambda: (split(pack(whole())[0], 1), ()),
+    "one row per micro-batch": lambda: (to_microbatches(pack(whole())[0], 1), ()),
     "a call at a time": lambda: (stack(pack(whole(LONGEST)), least=2), ()),
     "8 devices": lambda: (stack(pack(whole())), (8, 1, 1)),
     "rows, parameters and heads in parts": lambda: (stack(halves()), (2, 2, 2)),
@@ -246,7 +246,7 @@ def test_a_batch_without_sampled_ids_changes_nothing() -> None:
 
 def test_split_is_the_same_rows_in_micro_batches() -> None:
     (batch,) = pack(whole())
-    for name, field in split(batch, 2)._asdict().items():
+    for name, field in to_microbatches(batch, 2)._asdict().items():
         assert field.shape == (ROWS // 2, 2, LENGTH)
         np.testing.assert_array_equal(np.concatenate(list(field)), getattr(batch, name))
 
@@ -278,9 +278,9 @@ def test_outputs_are_those_of_the_logits_before_the_token() -> None:
         before = probs[column - 1]
         assert out.logp[0, column] == pytest.approx(math.log(before[batch.tokens[0, column]]), abs=1e-5)
         assert out.entropy[0, column] == pytest.approx(-(before * np.log(before)).sum(), abs=1e-5)
-        assert out.top[0, column] == (before.argmax() == batch.tokens[0, column])
-    assert (out.top[0, 2], out.top[0, 3]) == (True, False)
-    assert (out.logp[0, 0], out.entropy[0, 0], out.top[0, 0]) == (0, 0, False)
+        assert out.is_argmax[0, column] == (before.argmax() == batch.tokens[0, column])
+    assert (out.is_argmax[0, 2], out.is_argmax[0, 3]) == (True, False)
+    assert (out.logp[0, 0], out.entropy[0, 0], out.is_argmax[0, 0]) == (0, 0, False)
 
 
 def test_only_sampled_ids_have_a_gradient() -> None:
@@ -321,7 +321,7 @@ def test_metrics_are_sums_and_means_over_sampled_ids() -> None:
     out, count = jax.device_get(model_outputs(batch)), batch.sampled.sum()
     assert set(metrics) == {"loss", "tokens", "accuracy", "entropy", "off", "grad_norm"}
     assert metrics["tokens"] == count
-    assert metrics["accuracy"] == pytest.approx(out.top[batch.sampled].mean())
+    assert metrics["accuracy"] == pytest.approx(out.is_argmax[batch.sampled].mean())
     assert metrics["entropy"] == pytest.approx(out.entropy[batch.sampled].mean(), rel=1e-5)
     assert metrics["off"] == pytest.approx((batch.weight * (out.logp - batch.old_logp)).sum(), rel=1e-4)
 
@@ -337,7 +337,7 @@ def test_scores_are_the_log_probs_of_every_token() -> None:
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_step_tells_the_log_probs_that_it_began_with(batches: int) -> None:
     batch = stack(halves()[:batches], least=4 if batches > 1 else 1)
-    state = start_state(optax.sgd(1.0), initial())
+    state = new_state(optax.sgd(1.0), initial())
     after, _, logp = descent(2, 2, 2)(state, batch)
     assert not np.allclose(after.params["embedding"], initial()["embedding"])
     np.testing.assert_allclose(logp, make_score(MODEL, make_mesh(1, 1, 1))(initial(), batch), rtol=1e-5, atol=1e-5)
@@ -446,7 +446,7 @@ def fixed_batch() -> TokenBatch:
 
 
 def test_a_fixed_batch_is_learned_by_heart() -> None:
-    state, losses = init_state(MODEL, ADAM, make_mesh(1, 1, 1), jax.random.key(1)), []
+    state, losses = state_from_key(MODEL, ADAM, make_mesh(1, 1, 1), jax.random.key(1)), []
     for _ in range(60):
         state, metrics, _ = adam_step()(state, fixed_batch())
         losses.append(float(metrics["loss"]))
@@ -464,8 +464,8 @@ def test_two_runs_are_one_run_of_twice_the_length_bit_for_bit() -> None:
             state, *_ = adam_step()(state, batch)
         return jax.device_get(state)
 
-    once = run(init_state(MODEL, ADAM, mesh, jax.random.key(2)), batches)
-    half = run(init_state(MODEL, ADAM, mesh, jax.random.key(2)), batches[:3])
+    once = run(state_from_key(MODEL, ADAM, mesh, jax.random.key(2)), batches)
+    half = run(state_from_key(MODEL, ADAM, mesh, jax.random.key(2)), batches[:3])
     twice = run(half, batches[3:])
     assert (half.step, twice.step, once.step) == (3, 6, 6)
     jax.tree.map(np.testing.assert_array_equal, twice, once)
@@ -476,11 +476,11 @@ MUON = make_optimizer(dataclasses.replace(CONFIG, matrices="muon"))
 
 @pytest.mark.parametrize("optimizer", [ADAM, MUON])
 def test_a_fresh_state_is_the_same_on_every_mesh_and_lives_in_parts(optimizer: optax.GradientTransformation) -> None:
-    alone = init_state(MODEL, optimizer, make_mesh(1, 1, 1), jax.random.key(3))
-    spread = init_state(MODEL, optimizer, make_mesh(2, 2, 2), jax.random.key(3))
+    alone = state_from_key(MODEL, optimizer, make_mesh(1, 1, 1), jax.random.key(3))
+    spread = state_from_key(MODEL, optimizer, make_mesh(2, 2, 2), jax.random.key(3))
     assert_close(jax.device_get(alone), jax.device_get(spread), 1e-7)
     stepped, *_ = descent(2, 2, 2)(
-        start_state(optax.sgd(1.0), initial()), CASES["rows, parameters and heads in parts"]()[0]
+        new_state(optax.sgd(1.0), initial()), CASES["rows, parameters and heads in parts"]()[0]
     )
 
     def check(path: tuple, leaf: Array) -> None:
@@ -548,7 +548,7 @@ def test_muons_momentum_and_decay() -> None:
 
 
 def test_start_state_takes_the_parameters_and_nothing_else() -> None:
-    state = start_state(ADAM, initial())
+    state = new_state(ADAM, initial())
     assert int(state.step) == 0 and state.params is initial()
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 

@@ -19,8 +19,8 @@ from harness.cli import UsageError
 from harness.results import Evaluation, Result
 
 LAPTOP = {"count": 3, "low": 1, "high": 20, "target_low": 10, "target_high": 50}
-ASKED = {"sub_calls": -1, "tokens": -1, "children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
-ASKED |= {"rollout_tokens": 65536, "answer_tokens": 0, "extensions": 0}
+LIMITS = {"children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
+LIMITS |= {"rollout_tokens": 65536, "forced_answer_tokens": 0, "min_budget_rounds": 0}
 
 
 def result(correct, tokens=100, sequential=50, children=3, milliseconds=10.0):
@@ -31,18 +31,19 @@ def result(correct, tokens=100, sequential=50, children=3, milliseconds=10.0):
     return Result(problem=problem, sample=0, correct=correct, reason="", answer=[], failure="", **costs)
 
 
-def entry(label="APR", correct=(True, True, True, False), results=None, costs=None, asked=None, threads=None, **fields):
+def entry(label="APR", correct=(True, True, True, False), results=None, costs=None, requested=None, limits=None, threads=None, **fields):
     """An entry of eval.json: of four problems, three solved, if nothing else is said."""
     results = results or [result(bool(right), **(costs or {})) for right in correct]
     samples = fields.get("samples", 1)
-    value, low, high = stats.mean([float(r.correct) for r in results])
+    value, low, high = stats.mean_with_interval([float(r.correct) for r in results])
     means = {name: sum(getattr(r, name) for r in results) / len(results) for name in stats.MEANS}
     values = {
         "label": label,
         "task": "countdown",
         "method": "apr",
-        "budget": "free",
-        "asked": ASKED | (asked or {}),
+        "budget": "no budget",
+        "requested": {"children": -1, "tokens": -1} | (requested or {}),
+        "limits": LIMITS | (limits or {}),
         "threads": choose.THREADS | (threads or {}),
         "temperature": 0.0,
         "sampling": dict(choose.SAMPLING),
@@ -57,7 +58,7 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
         "throughput_ms": 2.5,
         "pass_at": {"1": [value, low, high]},
         "cons_at": {"1": [value, low, high]},
-        "kept": None,
+        "adherence": None,
         "failures": {},
         "windows": {"128": [0.1, 0.0, 0.2], "512": [0.5, 0.4, 0.6]},
         "demonstrator": 0.66,
@@ -78,19 +79,19 @@ def as_json(value):
     return evaluation.evaluation_json(value) if isinstance(value, Evaluation) else value
 
 
-def threads_asked(count, label="APR asked", **fields):
-    kept = {"asked": [count, count], "used": count - 0.5, "within": 0.75}
-    return entry(label, budget=f"{count} threads asked", asked={"sub_calls": count}, kept=kept, **fields)
+def children_requested(count, label="APR budget", **fields):
+    adherence = {"asked": [count, count], "used": count - 0.5, "within": 0.75}
+    return entry(label, budget=f"{count} children requested", requested={"children": count}, adherence=adherence, **fields)
 
 
 def cut(tokens, label="APR", within=0.9, **fields):
-    asked = {"thread_tokens": tokens, "answer_tokens": 96}
-    kept = {"asked": [0, tokens + 96], "used": tokens, "within": within}
-    return entry(label, budget=f"answer after {tokens} tokens", asked=asked, kept=kept, **fields)
+    limits = {"thread_tokens": tokens, "forced_answer_tokens": 96}
+    adherence = {"asked": [0, tokens + 96], "used": tokens, "within": within}
+    return entry(label, budget=f"answer forced after {tokens} tokens", limits=limits, adherence=adherence, **fields)
 
 
 def sent_on(times, **fields):
-    return entry(budget=f"sent on {times} times", asked={"extensions": times}, **fields)
+    return entry(budget=f"forced to continue {times} times", limits={"min_budget_rounds": times}, **fields)
 
 
 def at(tokens, value=0.75):
@@ -129,7 +130,7 @@ def test_entries_are_what_evaluate_writes(tmp_path):
     (read,) = choose.read_results([write(tmp_path, summary)])
     ours = entry()
     assert vars(read).keys() == vars(ours).keys() and vars(read.results[0]).keys() == vars(ours.results[0]).keys()
-    assert read.asked.keys() == ours.asked.keys() and read.threads == choose.THREADS
+    assert read.requested.keys() == ours.requested.keys() and read.limits.keys() == ours.limits.keys() and read.threads == choose.THREADS
     assert read.family.keys() == labels.PAPER_FAMILY.keys()
     charts.compute([read])  # a sample of two
 
@@ -153,7 +154,7 @@ def test_a_point_that_is_found_twice_counts_once(tmp_path):
     assert len(choose.read_results([str(tmp_path), str(tmp_path / "b")])) == 1
     seed = {"training_seed": 1, "parameters": "others"}
     others = [{"temperature": 1.0}, {"samples": 2}, {"concurrent": 1}, {"context": 256}, {"label": "SoS"}, {"seed": 1}, seed]
-    changed = [entry(threads={"join": "text"}), entry(asked={"answer_tokens": 64}), entry(sampling={"top_k": 0, "top_p": 0.9})]
+    changed = [entry(threads={"child_returns": "text"}), entry(limits={"forced_answer_tokens": 64}), entry(sampling={"top_k": 0, "top_p": 0.9})]
     write(tmp_path / "c", *(entry(**other) for other in others), *changed)
     found = choose.read_results([str(tmp_path)])
     assert len(found) == 11 and {e.label for e in found} == {"APR", "SoS", "APR, top_p 0.9"}
@@ -251,13 +252,13 @@ def test_compute_by_hand():
     """Two samples of 200 tokens each cost 400 tokens together."""
     pairs = {"pass_at": {"1": [0.5, 0.4, 0.6], "2": [0.7, 0.6, 0.8]}, "cons_at": {"2": [0.55, 0.5, 0.6], "1": [0.5, 0.4, 0.6]}}
     sampled = entry("SoS+", temperature=1.0, samples=2, total_tokens=200, **pairs)
-    asked = [threads_asked(count, total_tokens=tokens) for count, tokens in ((2, 150), (0, 90), (4, 120))]
-    excluded = [entry(concurrent=1), entry(threads={"join": "text"}), entry(temperature=0.5)]
+    asked = [children_requested(count, total_tokens=tokens) for count, tokens in ((2, 150), (0, 90), (4, 120))]
+    excluded = [entry(concurrent=1), entry(threads={"child_returns": "text"}), entry(temperature=0.5)]
     chart = charts.compute([sampled, *asked, entry(total_tokens=300), *excluded])
     assert bare(chart.panels[""]) == [
         ("SoS+", "majority of k", [(200, 0.5), (400, 0.55)]),
         ("SoS+", "any of k", [(200, 0.5), (400, 0.7)]),
-        ("APR asked", "budget asked", [at(90), at(120), at(150)]),
+        ("APR budget", "budget requested", [at(90), at(120), at(150)]),
         ("APR", "greedy", [at(300)]),
     ]
     assert chart.panels[""][1].points[1] == pytest.approx((400, 0.7, 0.6, 0.8))
@@ -269,26 +270,26 @@ def test_compute_is_left_out_if_there_is_only_one_way_to_spend():
 
 
 def test_budgets_at_two_temperatures_are_two_lines():
-    entries = [threads_asked(2, temperature=t, total_tokens=100 + t) for t in (0.0, 1.0)]
+    entries = [children_requested(2, temperature=t, total_tokens=100 + t) for t in (0.0, 1.0)]
     assert [line.points[0][0] for line in charts.compute(entries).panels[""]] == [100, 101]
 
 
 def test_context_windows_by_hand():
-    entries = [entry(), entry("SoS", temperature=1.0), threads_asked(10), threads_asked(2), threads_asked(2, "APR asked RL")]
+    entries = [entry(), entry("SoS", temperature=1.0), children_requested(10), children_requested(2), children_requested(2, "APR budget RL")]
     chart = charts.context(entries)
     points = [(128, 0.1, 0.0, 0.2), (512, 0.5, 0.4, 0.6)]
     assert chart.panels == {
-        "asked for nothing": [Line("APR", "", points)],
-        "asked for threads": [Line("APR asked", "2 threads asked", points), Line("APR asked", "10 threads asked", points)],
+        "no budget in the prompt": [Line("APR", "", points)],
+        "children requested in the prompt": [Line("APR budget", "2 children requested", points), Line("APR budget", "10 children requested", points)],
     }
-    styles = [figures.resolved(chart.kinds[kind], "APR asked") for kind in ("2 threads asked", "10 threads asked")]
+    styles = [figures.resolved(chart.kinds[kind], "APR budget") for kind in ("2 children requested", "10 children requested")]
     light, dark = (int(style["color"][1:3], 16) for style in styles)
     assert light > dark
 
 
 def test_rl_pairs_the_same_temperature_and_budget():
     entries = [entry(total_tokens=100), entry(temperature=1.0), entry("APR RL", total_tokens=150), entry("SoS+ RL")]
-    entries += [threads_asked(2), threads_asked(3, "APR asked RL")]
+    entries += [children_requested(2), children_requested(3, "APR budget RL")]
     assert choose.rl_pairs(entries) == [(entries[0], entries[2])]
     chart = charts.rl(entries)
     assert bare(chart.panels["temperature 0"]) == [
@@ -327,13 +328,13 @@ def test_forcing_goes_through_the_free_point():
     assert bare(charts.forcing(entries).panels[""]) == [
         ("APR", "answer forced", [at(60), at(80), at(100)]),
         ("SoS", "answer forced", [at(40)]),
-        ("APR", "sent on", [at(100), at(120)]),
+        ("APR", "forced to continue", [at(100), at(120)]),
         ("APR", "as trained", [at(100)]),
     ]
 
 
 def test_temperature_is_a_line_per_checkpoint():
-    entries = [entry(temperature=t) for t in (1.0, 0.0)] + [entry(temperature=0.5, parameters="another seed"), threads_asked(2)]
+    entries = [entry(temperature=t) for t in (1.0, 0.0)] + [entry(temperature=0.5, parameters="another seed"), children_requested(2)]
     assert bare(charts.temperature(entries).panels[""]) == [("APR", "", [(0.0, 0.75), (1.0, 0.75)]), ("APR", "", [(0.5, 0.75)])]
 
 
@@ -347,8 +348,8 @@ def test_the_papers_values_are_drawn_only_on_its_own_problems():
 
 def test_the_papers_numbers_are_those_of_its_table():
     assert tables.paper_accuracy(entry("SoS+ RL", temperature=0.5)) == "0.591"
-    assert tables.paper_accuracy(threads_asked(10, temperature=1.0)) == "0.801"
-    assert tables.paper_accuracy(threads_asked(4)) == tables.paper_accuracy(entry(temperature=0.3)) == ""
+    assert tables.paper_accuracy(children_requested(10, temperature=1.0)) == "0.801"
+    assert tables.paper_accuracy(children_requested(4)) == tables.paper_accuracy(entry(temperature=0.3)) == ""
 
 
 # ---------------------------------------------------------------- points of runs
@@ -360,14 +361,14 @@ def test_running_mean_by_hand():
 
 
 def grpo_log(label="APR RL"):
-    heldout = [{"step": step, "heldout_accuracy": 0.5, "heldout_low": 0.4, "heldout_high": 0.7} for step in (0, 2)]
+    heldout = [{"step": step, "validation_accuracy": 0.5, "validation_low": 0.4, "validation_high": 0.7} for step in (0, 2)]
     costs = {"total_tokens": 400.0, "tokens_per_thread": 80.0}
     steps = [{"step": step, "sampled_accuracy": step / 4, "children": 3.0 + step, **costs} for step in (1, 2)]
     return Log(label, [heldout[0], *steps, heldout[1]])
 
 
 def sft_log(label="APR"):
-    return Log(label, [{"step": 40, "loss": 2.0, "accuracy": 0.9}, {"step": 40, "heldout_accuracy": 0.25}])
+    return Log(label, [{"step": 40, "loss": 2.0, "accuracy": 0.9}, {"step": 40, "validation_accuracy": 0.25}])
 
 
 def test_training_curves_by_hand():
@@ -382,7 +383,7 @@ def test_training_curves_by_hand():
     assert [bare(lines)[0][2] for lines in counts.values()] == [[(1, 4), (2, 5)], [(1, 400), (2, 400)], [(1, 80), (2, 80)]]
     assert charts.supervised(logs).panels == {
         "loss (log scale)": [Line("APR", TRACE, [(40, 2.0, 2.0, 2.0)])],
-        "held-out accuracy, greedy": [Line("APR", "", [(40, 0.25, 0.25, 0.25)])],
+        "validation accuracy, greedy": [Line("APR", "", [(40, 0.25, 0.25, 0.25)])],
     }
     assert not any(charts.supervised([grpo_log()]).panels.values())
 
@@ -415,7 +416,7 @@ def rows_of(table):
 
 
 def test_accuracy_table_by_hand():
-    (row,) = rows_of(tables.accuracy_table([entry(), entry(concurrent=1), threads_asked(3)]))
+    (row,) = rows_of(tables.accuracy_table([entry(), entry(concurrent=1), children_requested(3)]))
     low, high = stats.wilson(3, 4)
     assert row == {
         "method": "APR",
@@ -447,13 +448,13 @@ def test_the_difference_is_between_problems_not_samples():
 
 
 def test_ablation_table_by_hand():
-    entries = [entry(), entry("SoS+"), entry(threads={"join": "text"}), entry(threads={"inherit": True}), threads_asked(3)]
+    entries = [entry(), entry("SoS+"), entry(threads={"child_returns": "text"}), entry(threads={"inherit_context": True}), children_requested(3)]
     rows = rows_of(tables.ablation_table(entries))
-    assert [(row["method"], row["asked or changed"]) for row in rows] == [
-        ("APR", "free"),
+    assert [(row["method"], row["requested or changed"]) for row in rows] == [
+        ("APR", "no budget"),
         ("APR", "join: text"),
         ("APR", "inherit: True"),
-        ("APR asked", "3 threads asked"),
+        ("APR budget", "3 children requested"),
     ]
     assert rows[0]["share within the budget"] == "" and rows[3]["share within the budget"] == "0.75"
     assert rows[3]["mean use of it"] == "2.5" and rows[0]["total tokens"] == "100 ± 0"
@@ -480,17 +481,17 @@ def test_failure_and_cost_tables_by_hand():
     assert row["ms alone"] == "30 ± 20"  # 1.96 * sqrt(200 / 2)
     assert row["ms under load"] == "2.5" and row["sequential tokens"] == "50 ± 0"
     assert rows_of(tables.cost_table([entry()]))[0]["ms alone"] == ""
-    in_turn = entry("APR in turn", concurrent=1, results=alone["results"])  # measured alone only
+    in_turn = entry("APR sequential", concurrent=1, results=alone["results"])  # measured alone only
     first, second = rows_of(tables.cost_table([in_turn, entry()]))
     assert (first["method"], first["ms alone"], first["ms under load"]) == ("APR", "", "2.5")
-    assert (second["method"], second["ms alone"], second["ms under load"]) == ("APR in turn", "30 ± 20", "")
+    assert (second["method"], second["ms alone"], second["ms under load"]) == ("APR sequential", "30 ± 20", "")
 
 
 def test_samples_table_by_hand():
     """Two samples of 200 tokens cost 400 together; ten come after two."""
     pairs = {name: {k: [float(k) / 20, 0.0, 1.0] for k in ("1", "10", "2")} for name in ("pass_at", "cons_at")}
     several = entry("SoS+", temperature=1.0, samples=10, correct=(True,) * 40, total_tokens=200, **pairs)
-    rows = rows_of(tables.samples_table([entry(), several, dataclasses.replace(several, threads={"join": "text"})]))
+    rows = rows_of(tables.samples_table([entry(), several, dataclasses.replace(several, threads={"child_returns": "text"})]))
     assert [(row["k"], row["total tokens"]) for row in rows] == [("1", "200"), ("2", "400"), ("10", "2,000")]
     assert rows[1]["cons@k"] == rows[1]["pass@k"] == "0.100 (0.000-1.000)" and rows[0]["method"] == "SoS+"
 
@@ -501,7 +502,7 @@ def test_samples_table_by_hand():
 def everything(folder: pathlib.Path) -> list[str]:
     """Flags for evaluations and runs that make every figure and table."""
     entries = [entry(label, **more) for label in ("APR", "APR RL") for more in ({}, {"temperature": 1.0}, {"concurrent": 1})]
-    entries += [entry(threads={"inherit": True}), threads_asked(2), threads_asked(4), cut(64), sent_on(1)]
+    entries += [entry(threads={"inherit_context": True}), children_requested(2), children_requested(4), cut(64), sent_on(1)]
     entries += [entry("SoS+", temperature=1.0, samples=2, correct=(True, False) * 4), entry("mine", correct=(False,) * 4, failures={"duplicate": 1.0})]
     write(folder / "sweep" / "all", *entries)
     runs = [write_log(folder / name, *log.lines) for name, log in (("grpo-apr", grpo_log()), ("apr", sft_log()))]

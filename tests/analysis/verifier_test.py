@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from analysis import verifier
 from countdown.grader import Problem, grade_steps
-from countdown.language import END, GOAL, Tokenizer
+from countdown.language import END_ID, GOAL_TEXT, Tokenizer
 from countdown.search import Trace, spawn_block
 from countdown.task import Countdown, record
 from records import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
@@ -21,9 +21,9 @@ TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr")
 REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 CONFIGS = {
-    "apr": DemonstratorConfig("apr", (1, 10), 15, 0.9, condition=0.3, token_bin=512),
-    "sosp": DemonstratorConfig("sosp", (1, 5), 0, 0.5, condition=0.3, token_bin=512),
-    "sos": DemonstratorConfig("sos", (1, 5), 0, 0.0, condition=0, token_bin=512),
+    "apr": DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0.3, token_bin=512),
+    "sosp": DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0.3, token_bin=512),
+    "sos": DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512),
 }
 FAMILIES = {3: ProblemRange(3, 1, 20, 10, 50), 4: ProblemRange(4, 1, 99, 10, 100)}
 
@@ -48,7 +48,7 @@ SOLVED = {
     ((), 0): FIRST + SECOND + spawn_block(["0,0", "0,1"], 1),
     ((0, 0), 0): HOPELESS,
     ((0, 1), 0): MISSED + LAST + CHILDREN[1] + LAST,
-    ((), 1): f"21,21{GOAL}{ROOT}{SECOND}{CHILDREN[1]}{LAST}",
+    ((), 1): f"21,21{GOAL_TEXT}{ROOT}{SECOND}{CHILDREN[1]}{LAST}",
 }
 FAILED = {**SOLVED, ((0, 1), 0): MISSED + NOTHING, ((), 1): NOTHING}
 RETURNED = {**FAILED, ((), 1): CHILDREN[0] + CHILDREN[1] + NOTHING}  # the parent looks at both once more
@@ -126,7 +126,7 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
     def trace(released):
         calls = [text.rpartition("<End Sub Searches>\n")[2] for text in released["main_calls"]]
         prompt = "".join(calls[0].splitlines(keepends=True)[:2])
-        children = [[trace(child) for child in spawned] for spawned in released["sub_calls"]]
+        children = [[trace(child) for child in spawned] for spawned in released["children_budget"]]
         return Trace(prompt, [calls[0].removeprefix(prompt), *calls[1:]], children)
 
     defects = 0
@@ -142,7 +142,7 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
 @pytest.mark.parametrize("inherit", [False, True])
 def test_the_demonstrations_of_this_file_are_right(inherit):
     """Children that inherit do not visit what they were shown."""
-    task = Countdown(TOKENIZER, "apr", inherit=inherit)
+    task = Countdown(TOKENIZER, "apr", inherit_context=inherit)
     solved, failed = rollout_of(SOLVED, task=task), rollout_of(FAILED, task=task)
     assert solved.grade.correct and verifier.verify(solved, TOKENIZER) == []
     (fault,) = verifier.verify(failed, TOKENIZER)
@@ -184,8 +184,8 @@ FAULTS = {
     "another number": ("false_goal", False, FAILED, (0, 0), 0, "26,21 unequal: No Solution", "26,21 equal: Goal Reached"),
     "another target": ("false_goal", True, FAILED, (0, 1), 0, "54,21 unequal: No Solution", "54,54 equal: Goal Reached"),
     "target misread": ("false_goal", True, SOLVED, (0, 1), 0, "21,21 equal", "21,20 equal"),
-    "out of nothing": ("false_goal", True, FAILED, (), 1, NOTHING, f"21,21{GOAL}"),
-    "unused number": ("false_goal", True, SOLVED, (), 1, "21:[18, 3] Operation: 12/4=3\n", f"21:[18, 3] Operation: 12/4=3\n21,21{GOAL}"),
+    "out of nothing": ("false_goal", True, FAILED, (), 1, NOTHING, f"21,21{GOAL_TEXT}"),
+    "unused number": ("false_goal", True, SOLVED, (), 1, "21:[18, 3] Operation: 12/4=3\n", f"21:[18, 3] Operation: 12/4=3\n21,21{GOAL_TEXT}"),
     "operator": ("malformed_line", True, FAILED, (0, 1), 0, "18*3=54", "18**3=54"),
     "no line": ("malformed_line", False, FAILED, (0, 0), 0, "26,21 unequal", "26, 21 unequal"),
     "join of its own": ("malformed_line", False, FAILED, (0, 0), 0, NOTHING, "<Sub Searches>\n" + NOTHING),
@@ -248,7 +248,7 @@ def test_siblings_in_the_same_state_are_noted_at_the_later_one():
 def test_a_goal_may_rest_on_any_path_of_the_join():
     """The last child hands over a false path; the parent goes on with the first that succeeded, as it should."""
     path = CHILDREN[1].replace("#0,1", "#0,2") + LAST.replace("18+3=21", "18-3=21")
-    rollout = three_children(f"21,21{GOAL}{path}", SOLVED[(), 1])
+    rollout = three_children(f"21,21{GOAL_TEXT}{path}", SOLVED[(), 1])
     assert rollout.grade.correct and "18-3=21" in TOKENIZER.decode(rollout.root.calls[1].injected)
     assert {fault.thread for fault in faults_of(rollout) if fault.kind != verifier.DUPLICATE} == {(0, 2)}
 
@@ -262,7 +262,7 @@ def test_a_goal_does_not_rest_on_what_came_before_the_last_operation():
 
 
 def test_a_goal_out_of_nothing_has_no_other_cause():
-    rollout = rollout_of({**FAILED, ((), 1): f"Moving to Node #0,7\n21,21{GOAL}"})
+    rollout = rollout_of({**FAILED, ((), 1): f"Moving to Node #0,7\n21,21{GOAL_TEXT}"})
     unknown, false = verifier.verify(rollout, TOKENIZER)
     assert (unknown.kind, unknown.fatal) == (verifier.UNKNOWN_NODE, False)
     assert false.message == "nothing leads to it" and explained(rollout) == false
@@ -290,7 +290,7 @@ def test_a_thread_that_a_bound_cut_names_the_bound(stop):
 @pytest.mark.parametrize("inherit", [False, True])
 def test_a_bound_on_a_hopeless_branch_did_not_cost_the_answer(inherit):
     for thread, reason in (((0, 0), verifier.EXHAUSTED), ((0, 1), verifier.TRUNCATED)):
-        rollout = cut(rollout_of(FAILED, task=Countdown(TOKENIZER, "apr", inherit=inherit)), thread, CONTEXT, 3)
+        rollout = cut(rollout_of(FAILED, task=Countdown(TOKENIZER, "apr", inherit_context=inherit)), thread, CONTEXT, 3)
         assert kind_of(rollout) == reason
         fault = faults_of(rollout)[0]
         given = TOKENIZER.decode(call_of(rollout, thread, 0).injected).count("\n")
@@ -301,7 +301,7 @@ def test_a_root_that_was_cut_and_made_to_answer_failed_by_the_cut():
     """Not by what it was made to write; an answer that is right all the same has no such fault to explain."""
     for answer, reason in ((HOPELESS, verifier.TRUNCATED), (f"{ROOT}{SECOND}{CHILDREN[1]}{LAST}", "")):
         ids, sampled = TOKENIZER.encode(ROOT), TOKENIZER.encode(FIRST)
-        claim = Call(len(ids) + len(sampled), TOKENIZER.encode(f"21,21{GOAL}"), [*TOKENIZER.encode(answer), END], [])
+        claim = Call(len(ids) + len(sampled), TOKENIZER.encode(f"21,21{GOAL_TEXT}"), [*TOKENIZER.encode(answer), END_ID], [])
         root = Thread((), [Call(0, ids, sampled, [], THREAD_TOKENS), claim])
         rollout = Rollout(PROBLEM, root, TASK.grade(PROBLEM, root))
         assert kind_of(rollout) == reason
@@ -363,7 +363,7 @@ def test_a_false_goal_is_explained_by_what_made_it_false():
     listed = FIRST.replace("12-4=8", "12-4=3").replace("[18, 8]", "[18, 3]")
     child = Trace(CHILDREN[0].replace("12-4=8", "12-4=3").replace("[18, 8]", "[18, 3]"), [""], [])
     child.calls = [LAST + child.prompt + LAST]
-    calls = [listed + spawn_block(["0,0"], 1), f"21,21{GOAL}{ROOT}{listed}{child.prompt}{LAST}"]
+    calls = [listed + spawn_block(["0,0"], 1), f"21,21{GOAL_TEXT}{ROOT}{listed}{child.prompt}{LAST}"]
     rollout = record(PROBLEM, Trace(ROOT, calls, [[child]]), TASK)
     assert rollout.grade.reason == "wrong arithmetic: 12-4=3"
     faults = verifier.verify(rollout, TOKENIZER)
@@ -385,10 +385,10 @@ def test_a_solution_is_lost_where_it_was_dropped_not_below():
     child = "Moving to Node #0,0\nCurrent State: 22:[1, 18, 3], Operations: ['12/4=3']\n"
     two = "Exploring Operation: 18+3=21, Resulting Numbers: [1, 21]\nGenerated Node #0,0,0: 22:[1, 21] Operation: 18+3=21\n"
     grandchild = "Moving to Node #0,0,0\nCurrent State: 22:[1, 21], Operations: ['12/4=3', '18+3=21']\n"
-    last = f"Exploring Operation: 1+21=22, Resulting Numbers: [22]\n22,22{GOAL}"
+    last = f"Exploring Operation: 1+21=22, Resulting Numbers: [22]\n22,22{GOAL_TEXT}"
     lowest = Trace(grandchild, [last + grandchild + last], [])
-    middle = Trace(child, [two + spawn_block(["0,0,0"], 2), f"22,22{GOAL}{child}{two}{grandchild}{last}"], [[lowest]])
-    calls = [one + spawn_block(["0,0"], 1), f"22,22{GOAL}{root}{one}{child}{two}{grandchild}{last}"]
+    middle = Trace(child, [two + spawn_block(["0,0,0"], 2), f"22,22{GOAL_TEXT}{child}{two}{grandchild}{last}"], [[lowest]])
+    calls = [one + spawn_block(["0,0"], 1), f"22,22{GOAL_TEXT}{root}{one}{child}{two}{grandchild}{last}"]
     solved = record(problem, Trace(root, calls, [[middle]]), TASK)
     assert solved.grade.correct and verifier.verify(solved, TOKENIZER) == []
     lost = record(problem, Trace(root, [calls[0], NOTHING], [[middle]]), TASK)
@@ -488,6 +488,6 @@ def test_huge_numbers_do_no_harm():
         for sign in "+-*/":
             operation = f"{huge}{sign}{huge}={huge}"
             lines = f"Exploring Operation: {operation}, Resulting Numbers: [18, {huge}]\n"
-            lines += f"Generated Node #0,1: 21:[18, {huge}] Operation: {operation}\n{huge},{huge}{GOAL}"
+            lines += f"Generated Node #0,1: 21:[18, {huge}] Operation: {operation}\n{huge},{huge}{GOAL_TEXT}"
             check(rollout_of({**FAILED, ((), 0): lines + FAILED[(), 0], ((), 1): lines}))
 

@@ -21,9 +21,9 @@ from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, seque
 from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
-APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, condition=0, token_bin=512)
-SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, condition=0, token_bin=512)
-SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, condition=0, token_bin=512)
+APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0, token_bin=512)
+SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0, token_bin=512)
+SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512)
 
 
 @functools.cache
@@ -379,7 +379,7 @@ def test_the_command_draws_a_demonstration(command: Callable, tmp_path, capsys):
 
 def test_the_command_draws_a_rollout_of_a_model(smoke_run, command: Callable, tmp_path):
     path = tmp_path / "trace.json"
-    small = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.bucket=512")
+    small = ("--config.mesh.data=1", "--config.sampler.rows=4", "--config.sampler.length_bucket=512")
     problem = ("--numbers=7,2,9", "--target=18", f"--record={path}")
     ended = command(evaluate, f"--workdir={smoke_run.path}", *problem, *small)
     assert ended.status == 0, ended.err

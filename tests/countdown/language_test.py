@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from countdown import language
-from countdown.language import END, PAD, PHRASES, TEMPLATES, Line, Tokenizer, parse, render
+from countdown.language import END_ID, PAD_ID, PHRASES, TEMPLATES, Line, Tokenizer, parse, render
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 LEAF = "Exploring Operation: 5-4=1, Resulting Numbers: [1]\n1,12 unequal: No Solution\n"
@@ -20,7 +20,7 @@ def texts_of(trace):
     """Every text of a reference trace: contexts of the main calls, and those of the children."""
     if isinstance(trace, str):
         return [trace]
-    below = [text for spawn in trace["sub_calls"] for child in spawn for text in texts_of(child)]
+    below = [text for spawn in trace["children_budget"] for child in spawn for text in texts_of(child)]
     return [*trace["main_calls"], *below]
 
 
@@ -62,7 +62,7 @@ def test_any_trace_survives_both_ways(lines, limit):
     assert parse(text) == lines
     ids = Tokenizer(limit).encode(text)
     assert Tokenizer(limit).decode(ids) == text
-    assert not {PAD, END} & set(ids)
+    assert not {PAD_ID, END_ID} & set(ids)
 
 
 def test_reference_traces_survive_both_ways():
@@ -110,7 +110,7 @@ def test_phrases_end_with_newlines_only():
 
 def test_every_id_decodes_alone_and_encodes_back():
     t = Tokenizer(100)
-    assert t.decode([PAD]) == "" and t.decode([END]) == "<|end|>"
+    assert t.decode([PAD_ID]) == "" and t.decode([END_ID]) == "<|end|>"
     for i in range(2, t.vocab_size):
         assert t.encode(t.decode([i])) == [i] == [t.id(t.decode([i]))]
     assert t.vocab_size == 2 + 100 + len(PHRASES)

@@ -110,11 +110,11 @@ def test_a_summary_of_samples_counts_problems_not_samples():
     assert summary["throughput_ms"] == pytest.approx(100)
     assert {k: v[0] for k, v in summary["pass"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
     assert {k: v[0] for k, v in summary["cons"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
-    assert summary["pass"]["2"] == stats.mean([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
+    assert summary["pass"]["2"] == stats.mean_with_interval([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
 
 
 def test_the_interval_of_shares_stays_among_shares_and_that_of_costs_is_no_share():
-    assert stats.mean([1.0] * 15 + [0.875])[2] == 1.0 and stats.mean([0.0] * 15 + [0.125])[1] == 0.0
+    assert stats.mean_with_interval([1.0] * 15 + [0.875])[2] == 1.0 and stats.mean_with_interval([0.0] * 15 + [0.125])[1] == 0.0
     assert stats.normal([1.0] * 16) == (1.0, 1.0, 1.0)
     half = 1.959964 * math.sqrt(2 / 1) / math.sqrt(2)  # 3 and 5: deviations of 1 from 4
     assert stats.normal([3, 5]) == pytest.approx((4.0, 4 - half, 4 + half))

@@ -263,7 +263,7 @@ BAD_COMMANDS = {
         ["--config.mesh.data=1", "--config.train.micro_rows=3"],
         ["train.micro_rows=3", "train.rows=4"],
     ),
-    "two budgets": (["--config.prompt.sub_calls=2", "--config.prompt.tokens=9"], ["sub_calls=2", "tokens=9", "one"]),
+    "two budgets": (["--config.budget.children=2", "--config.budget.tokens=9"], ["children_budget=2", "tokens=9", "one"]),
     "steps within the warm-up": (["--config.optimizer.steps=5"], ["optimizer.steps=5", "warmup_steps=5"]),
     "no learning": (["--config.optimizer.learning_rate=0.0"], ["learning_rate"]),
     "unknown treatment": (["--config.train.overlong=squeeze"], ["train.overlong", "squeeze", "drop"]),
@@ -281,9 +281,9 @@ BAD_COMMANDS = {
     ),
     "sampler rows against devices": (
         ["--config.mesh.data=8", "--config.train.rows=8", "--config.train.micro_rows=8", "--config.sampler.rows=24"],
-        ["sampler.rows=24", "multiple", "sampler.lanes=2", "8 devices"],
+        ["sampler.rows=24", "multiple", "sampler.workers=2", "8 devices"],
     ),
-    "no lanes": (["--config.sampler.lanes=0"], ["sampler.lanes=0"]),
+    "no lanes": (["--config.sampler.workers=0"], ["sampler.workers=0"]),
     "heads against mesh": (
         ["--config.mesh.tensor=4"],
         ["mesh", "tensor", "4"],
