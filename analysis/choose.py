@@ -54,7 +54,7 @@ def read_entries(path: pathlib.Path) -> list[Entry]:
         raise UsageError(f"{path} must hold a list of evaluations")
     entries = [results.read(value, str(path)) for value in values]
     for entry in entries:
-        unlike = [f"{name} {value:g}" for name, value in entry.sampling.items() if value != SAMPLING[name]]
+        unlike = [f"{name} {value:g}" for name, value in entry.sampling.items() if value != SAMPLING.get(name)]
         entry.label = ", ".join([label_of(entry.label, entry.label), *unlike])
     return entries
 

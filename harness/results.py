@@ -98,7 +98,8 @@ def _checked(kind: type, value: typing.Any, where: str) -> dict[str, typing.Any]
     fields = {}
     for name, hint in _kinds(kind).items():
         if not isinstance(value, dict) or name not in value:
-            raise UsageError(f"{where} lacks the field {name}: measure it again, or convert an older one with `python -m harness.migrate`")
+            remedy = "measure it again, or convert an older one with `python -m harness.migrate`"
+            raise UsageError(f"{where} lacks the field {name}: {remedy}")
         if not isinstance(value[name], hint) or (bool not in hint and isinstance(value[name], bool)):
             raise UsageError(f"{where} has {json.dumps(value[name])[:60]} in the field {name}: measure it again")
         fields[name] = value[name]

@@ -196,4 +196,29 @@ def test_host_modules_never_import_jax(module: str) -> None:
 def test_sampler_and_runtime_know_nothing_of_the_task() -> None:
     assert "solver" not in reachable("sampler")
     assert "jax" in reachable("sampler")  # so that the line above looks at something
-    assert reachable("parallel_runtime") & set(MODULES) <= {"checks"}
+    assert reachable("parallel_runtime") & set(MODULES) == {"checks", "protocols", "records"}
+
+
+def test_analysis_stands_above_everything_but_the_evaluation_command() -> None:
+    """Hooks by name (`harness.tasks`) are the only other way into it; configs/sweep.py is a recipe of analysis."""
+    for name, path in MODULES.items():
+        if not name.startswith(("analysis.", "tests.", "benchmarks.")) and name not in ("evaluate", "configs.sweep"):
+            assert not {other for other in imported(path) if other.startswith("analysis.")}, name
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_no_training_loop_imports_the_evaluation_command(stage: str) -> None:
+    assert "evaluate" not in reachable(stage) and "harness.evaluation" in reachable(stage)
+
+
+def test_arrows_between_folders_point_down_only() -> None:
+    """countdown/ knows nothing of harness/, harness/ nothing of a task or a training stage, the core nothing of examples."""
+    allowed_by_harness = CORE - {"solver", "sft", "grpo", "evaluate", "objective"}
+    for name, path in MODULES.items():
+        ours = imported(path) & set(MODULES)
+        if name.startswith("countdown."):
+            assert not {other for other in ours if other.startswith(("harness.", "analysis."))}, name
+        if name.startswith("harness."):
+            assert ours <= allowed_by_harness | {other for other in ours if other.startswith("harness.")}, name
+        if name in CORE:
+            assert not {other for other in ours if other.startswith(("examples.", "tests."))}, name

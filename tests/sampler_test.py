@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import decoding
 from decoding import SamplerConfig
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, token_logprobs
 from protocols import Completion, PrefillRequest
 from sampler import Sampler
 
@@ -320,3 +320,24 @@ def test_rounding_does_not_draw_ids_of_probability_zero(monkeypatch):
     rows = jnp.arange(999)
     ids, _ = decoding.sample(jnp.tile(logits, (999, 1)), jnp.zeros((999, 2), jnp.uint32), rows, settings())
     assert (np.asarray(ids) % 2 == 1).all()
+
+
+# ------------------------------------------------------------------- bfloat16
+
+
+def test_in_bfloat16_the_log_probs_of_sampled_ids_are_the_trainers_within_its_rounding():
+    """Reinforcement learning compares the two: their gap must stay far below the clip range of 0.2."""
+    model = Decoder(dataclasses.replace(MODEL.config, dtype="bfloat16"))
+    fills = [fill for fill in threads(limit=24) if len(fill.ids) + 24 < CONTEXT]
+    result = run(Sampler(model, params(), DRAWN, []), fills)
+    gaps = []
+    for fill in fills:
+        done = result[fill.key[0]]
+        tokens = np.zeros((1, CONTEXT), np.int32)
+        ids = fill.ids + done.ids
+        tokens[0, : len(ids)] = ids
+        until = np.full_like(tokens, CONTEXT)
+        logits, _ = jax.jit(model.apply)({"params": params()}, tokens, np.arange(CONTEXT)[None], until)
+        logp = np.asarray(token_logprobs(logits, jnp.asarray(tokens)))[0, len(fill.ids) : len(ids)]
+        gaps += np.abs(logp - done.logprobs).tolist()
+    assert len(gaps) > 50 and 0 < max(gaps) < 0.1 and np.mean(gaps) < 0.02

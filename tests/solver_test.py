@@ -86,7 +86,7 @@ def written_of(reference):
 
 
 def script_of(reference):
-    children = [*reference["children_budget"], []]
+    children = [*reference["sub_calls"], []]
     for text, spawned in zip(written_of(reference), children, strict=True):
         yield from expansions_of(text)
         for child in spawned:
@@ -102,7 +102,7 @@ def assert_same(reference, trace, prompt):
             assert move.startswith("Moving to Node #0,")
             missing += 1
         assert ours == theirs
-    for theirs, ours in zip(reference["children_budget"], trace.spawns, strict=True):
+    for theirs, ours in zip(reference["sub_calls"], trace.spawns, strict=True):
         for child, trace_of_child in zip(theirs, ours, strict=True):
             missing += assert_same(child, trace_of_child, trace_of_child.prompt)
     return missing
@@ -110,7 +110,7 @@ def assert_same(reference, trace, prompt):
 
 def replayed(method, case):
     """The search that a reference trace records, with its random choices scripted, and the reference as a tree."""
-    reference = case["trace"] if method == "apr" else {"main_calls": [case["trace"]], "children_budget": []}
+    reference = case["trace"] if method == "apr" else {"main_calls": [case["trace"]], "sub_calls": []}
     rng = Scripted(script_of(reference))
     node = search.Node("0", case["nums"], "", 0, "", None)
     if method == "apr":

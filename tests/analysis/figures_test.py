@@ -188,13 +188,15 @@ def test_results_on_different_problems_are_never_mixed(changed, tmp_path):
     assert len(choose.read_results([str(tmp_path / "b")])) == 1
 
 
-@pytest.mark.parametrize("field", [*charts.SCHEMA, *(f"results.{name}" for name in charts.RESULT_SCHEMA)])
+FIELDS = [field.name for field in dataclasses.fields(Evaluation)]
+FIELDS += [f"results.{field.name}" for field in dataclasses.fields(Result)]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_missing_field_is_named_with_its_file(field, tmp_path):
-    stored = entry()
+    stored = json.loads(json.dumps(as_json(entry())))
     *outer, last = field.split(".")
-    inner = stored
-    for key in outer:
-        inner = inner[key][2] if key == "results" else inner[key]
+    inner = stored["results"][2] if outer else stored
     del inner[last]
     with pytest.raises(UsageError) as caught:
         choose.read_results([write(tmp_path, stored)])
@@ -208,9 +210,9 @@ def test_a_missing_field_is_named_with_its_file(field, tmp_path):
         ("[", "is not JSON"),
         ("7", "must hold a list"),
         ("[7]", "lacks the field label"),
-        (json.dumps([entry(accuracy="high")]), 'has "high" in the field accuracy'),
-        (json.dumps([entry(n=5)]), "has 4 results, not n * samples"),
-        (json.dumps([entry() | {"results": [], "n": 0}]), "has 0 results"),
+        (json.dumps([as_json(entry(accuracy="high"))]), 'has "high" in the field accuracy'),
+        (json.dumps([as_json(entry(n=5))]), "has 4 results, not n * samples"),
+        (json.dumps([as_json(entry()) | {"results": [], "n": 0}]), "has 0 results"),
     ],
 )
 def test_a_file_that_is_no_evaluation_is_refused(content, words, tmp_path):

@@ -126,7 +126,7 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
     def trace(released):
         calls = [text.rpartition("<End Sub Searches>\n")[2] for text in released["main_calls"]]
         prompt = "".join(calls[0].splitlines(keepends=True)[:2])
-        children = [[trace(child) for child in spawned] for spawned in released["children_budget"]]
+        children = [[trace(child) for child in spawned] for spawned in released["sub_calls"]]
         return Trace(prompt, [calls[0].removeprefix(prompt), *calls[1:]], children)
 
     defects = 0

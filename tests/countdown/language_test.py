@@ -20,7 +20,7 @@ def texts_of(trace):
     """Every text of a reference trace: contexts of the main calls, and those of the children."""
     if isinstance(trace, str):
         return [trace]
-    below = [text for spawn in trace["children_budget"] for child in spawn for text in texts_of(child)]
+    below = [text for spawn in trace["sub_calls"] for child in spawn for text in texts_of(child)]
     return [*trace["main_calls"], *below]
 
 

@@ -108,9 +108,9 @@ def test_a_summary_of_samples_counts_problems_not_samples():
     half = 1.959964 * math.sqrt(6 * 0.5**2 / 8) / math.sqrt(9)  # shares 1, 1/2, 0, three times
     assert summary["interval"] == pytest.approx((0.5 - half, 0.5 + half))
     assert summary["throughput_ms"] == pytest.approx(100)
-    assert {k: v[0] for k, v in summary["pass"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
-    assert {k: v[0] for k, v in summary["cons"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
-    assert summary["pass"]["2"] == stats.mean_with_interval([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
+    assert {k: v[0] for k, v in summary["pass_at"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
+    assert {k: v[0] for k, v in summary["cons_at"].items()} == pytest.approx({"1": 0.5, "2": 2 / 3})
+    assert summary["pass_at"]["2"] == stats.mean_with_interval([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
 
 
 def test_the_interval_of_shares_stays_among_shares_and_that_of_costs_is_no_share():

@@ -263,7 +263,7 @@ BAD_COMMANDS = {
         ["--config.mesh.data=1", "--config.train.micro_rows=3"],
         ["train.micro_rows=3", "train.rows=4"],
     ),
-    "two budgets": (["--config.budget.children=2", "--config.budget.tokens=9"], ["children_budget=2", "tokens=9", "one"]),
+    "two budgets": (["--config.budget.children=2", "--config.budget.tokens=9"], ["budget.children=2", "budget.tokens=9", "one"]),
     "steps within the warm-up": (["--config.optimizer.steps=5"], ["optimizer.steps=5", "warmup_steps=5"]),
     "no learning": (["--config.optimizer.learning_rate=0.0"], ["learning_rate"]),
     "unknown treatment": (["--config.train.overlong=squeeze"], ["train.overlong", "squeeze", "drop"]),
