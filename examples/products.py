@@ -98,7 +98,7 @@ def parts(problem: tuple[int, int]) -> list[str]:
 def demonstrate(problem: tuple[int, int]) -> Rollout:
     """The record of a right solution."""
     task, products = Products(), parts(problem)
-    results = [str(eval_product(product)) for product in products]
+    results = [str(product_of(product)) for product in products]
     root = Thread((), [Call(0, task.prompt(problem), encode(f"<{'|'.join(products)}>"), stop=SPAWN)])
     root.spawns.append(
         [
@@ -111,7 +111,7 @@ def demonstrate(problem: tuple[int, int]) -> Rollout:
     return Rollout(problem, root, task.grade(problem, root))
 
 
-def eval_product(text: str) -> int:
+def product_of(text: str) -> int:
     """12*30 -> 360."""
     left, right = map(int, text.split("*"))
     return left * right

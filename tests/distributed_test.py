@@ -88,3 +88,46 @@ def test_rollouts_are_gathered_in_problem_order(runs):
     for left, right in zip(one["results"], two["results"], strict=True):
         for name in left.keys() - wall_clock:
             assert left[name] == right[name]
+
+
+# ------------------------------------------------------------------- reinforcement learning
+
+
+@pytest.fixture(scope="module")
+def reinforced(tmp_path_factory, environment, smoke_run) -> list[list[dict]]:
+    """The logs of two GRPO steps in one process with two devices, and in two processes with one each."""
+    root = tmp_path_factory.mktemp("reinforced")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    short = ["--config=configs/grpo.py:smoke", f"--init={smoke_run.path}", "--config.limits.thread_tokens=24"]
+    short += ["--config.evaluation.problems=4", "--config.train.eval_problems=4", "--config.grpo.thread_penalty=0.01"]
+    short += ["--config.grpo.token_penalty=0.01", "--config.grpo.token_budget=10.0"]  # else all rewards are alike
+    two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = {
+        "one": [(two, [])],
+        "two": [(environment, [f"--distributed=localhost:{port},2,{i}"]) for i in range(2)],
+    }
+    logs = []
+    for name, processes in started.items():
+        command = [sys.executable, "grpo.py", *short, f"--workdir={root / name}"]
+        pipe = subprocess.PIPE
+        running = [
+            subprocess.Popen([*command, *more], cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe)
+            for env, more in processes
+        ]
+        ended = [process.communicate(timeout=900) for process in running]
+        assert [process.returncode for process in running] == [0] * len(running), ended[-1][1]
+        logs.append([json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()])
+    return logs
+
+
+def test_two_processes_reinforce_alike(reinforced):
+    """The same rollouts, rewards and losses: each process runs half of the rollouts, and all train on all of them."""
+    one, two = reinforced
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 1, 2, 2]
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"milliseconds"}:
+            if "seconds" not in name and "gap" not in name:
+                assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5), name
