@@ -207,19 +207,18 @@ def _decode_device(
             _put(burst.logp_BI, logp_B[:, None], burst.step),
         )
 
-    B = row_B.shape[0]
-    start = Burst(
-        _zeros((), jnp.int32),
-        _zeros((B,), jnp.int32),
-        idle_B,
-        token_B,
-        jax.tree.map(lambda x: _zeros((*x.shape[:2], config.steps_per_call, x.shape[3]), x.dtype), view),
-        _zeros((B, config.steps_per_call), jnp.int32),
-        _zeros((B, config.steps_per_call), jnp.float32),
-    )
+    start = _first_burst(idle_B, token_B, view, config.steps_per_call)
     end = jax.lax.while_loop(going, step, start)
     history = jax.tree.map(lambda x, tail: _write(x, row_B, length_B, tail), history, end.tail)
     return history, (end.count_B, end.ids_BI, end.logp_BI)
+
+
+def _first_burst(idle_B: Array, token_B: Array, view: Cache, steps: int) -> Burst:
+    """A burst of at most `steps` steps before its first one. Idle rows count as done."""
+    B = token_B.shape[0]
+    tail = jax.tree.map(lambda x: _zeros((*x.shape[:2], steps, x.shape[3]), x.dtype), view)
+    ids_BI, logp_BI = _zeros((B, steps), jnp.int32), _zeros((B, steps), jnp.float32)
+    return Burst(_zeros((), jnp.int32), _zeros((B,), jnp.int32), idle_B, token_B, tail, ids_BI, logp_BI)
 
 
 def _put(x: Array, column: Array, step: Array, axis: int = 1) -> Array:

@@ -282,7 +282,7 @@ def test_context_windows_by_hand():
     points = [(128, 0.1, 0.0, 0.2), (512, 0.5, 0.4, 0.6)]
     assert chart.panels == {
         "no budget in the prompt": [Line("APR", "", points)],
-        "children requested in the prompt": [Line("APR budget", "2 children requested", points), Line("APR budget", "10 children requested", points)],
+        "children requested": [Line("APR budget", "2 children requested", points), Line("APR budget", "10 children requested", points)],
     }
     styles = [figures.resolved(chart.kinds[kind], "APR budget") for kind in ("2 children requested", "10 children requested")]
     light, dark = (int(style["color"][1:3], 16) for style in styles)
@@ -454,8 +454,8 @@ def test_ablation_table_by_hand():
     rows = rows_of(tables.ablation_table(entries))
     assert [(row["method"], row["requested or changed"]) for row in rows] == [
         ("APR", "no budget"),
-        ("APR", "join: text"),
-        ("APR", "inherit: True"),
+        ("APR", "child_returns: text"),
+        ("APR", "inherit_context: True"),
         ("APR budget", "3 children requested"),
     ]
     assert rows[0]["share within the budget"] == "" and rows[3]["share within the budget"] == "0.75"
@@ -483,7 +483,7 @@ def test_failure_and_cost_tables_by_hand():
     assert row["ms alone"] == "30 ± 20"  # 1.96 * sqrt(200 / 2)
     assert row["ms under load"] == "2.5" and row["sequential tokens"] == "50 ± 0"
     assert rows_of(tables.cost_table([entry()]))[0]["ms alone"] == ""
-    in_turn = entry("APR sequential", concurrent=1, results=alone["results"])  # measured alone only
+    in_turn = entry("APR sequential", concurrent=1, results=alone.results)  # measured alone only
     first, second = rows_of(tables.cost_table([in_turn, entry()]))
     assert (first["method"], first["ms alone"], first["ms under load"]) == ("APR", "", "2.5")
     assert (second["method"], second["ms alone"], second["ms under load"]) == ("APR sequential", "30 ± 20", "")
