@@ -1,23 +1,22 @@
 """Llama decoder in Flax linen: RMSNorm, RoPE, grouped-query attention, SwiGLU, tied or untied head.
 
-One module serves training, prefill and decoding, by what it is given:
+One module serves training, prefill and decoding. What it is given tells them apart:
 
   1. training: whole packed rows, `past=()`;
   2. prefill and extend: a chunk of new tokens and one `Past` (the row's history);
   3. decode: one new token per row and two `Past`s (history and tail).
 
-It returns the keys and values of the tokens it was given; where they are kept is
-the caller's business. Who sees whom is one integer per token: token j of a row
-is visible to token i of the same row iff j <= i < until[j]. That one rule says
-causality, isolation of packed segments (until = end of the segment), rewinds
-(until of a spawn block = start of the join block) and padding (until = j + 1).
+It returns the keys and values of the tokens it was given, and the caller stores them.
+Who sees whom is one integer per token: token j of a row is visible to token i of the
+same row iff j <= i < until[j]. That one rule says causality, isolation of packed segments
+(until = end of the segment), rewinds (until of a spawn block = start of the join block)
+and padding (until = j + 1).
 
 Attention of whole rows (the training path) is written for the cache of a CPU and
 the memory of an accelerator, after FlashAttention (arXiv 2205.14135): queries
 are cut into a few blocks, a block looks only at the keys up to its own end, and
 the backward pass computes the probabilities again from q, k and the log-sum-exp.
-On a CPU the caller does well to feed a few rows at a time (micro-batches of some
-2,000 tokens: activations stay in the cache and the allocator is left in peace).
+On a CPU, micro-batches of about 2,000 tokens are fastest: activations stay in the cache.
 
 Deviations from the paper: Llama, but for its initial weights: embeddings enter at
 unit size and the residual branches start small. Try it: `python -m benchmarks.train`.
@@ -25,7 +24,9 @@ unit size and the residual branches start small. Try it: `python -m benchmarks.t
 Dimension key, used as name suffixes:
   R rows         T tokens of a row     S slots of a past part    L layers
   D width        N query heads         K key/value heads         G query heads per kv head (N / K)
-  H head width   F mlp width           V vocabulary
+  H head width   F mlp width           V vocabulary              Q queries of a block
+  M micro-batches (train_state)        B rows of one device call, I steps of a burst (decoding)
+  P problems and G rollouts of each problem (objective)
 """
 
 from __future__ import annotations
@@ -157,7 +158,11 @@ def _head_forward(q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array) -> tup
 def _head_backward(
     q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array, o_GTH: Array, logsum_GT1: Array, do_GTH: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v of one kv head of one row. Probabilities are computed again, block by block."""
+    """Gradients of q, k and v of one kv head of one row. Probabilities are computed again, block by block.
+
+    With s = q k^T, p = exp(s - logsum) and o = p v:  dv = p^T do,  dp = do v^T,  ds = p (dp - sum(o do)),  dq = ds k,
+    dk = ds^T q. The sum over the head (`inner`) is the term that the softmax Jacobian adds.
+    """
     f32 = jnp.float32
     inner_GT1 = jnp.sum(o_GTH.astype(f32) * do_GTH.astype(f32), axis=-1, keepdims=True)
     dqs, dk_TH, dv_TH = [], jnp.zeros(k_TH.shape, f32), jnp.zeros(v_TH.shape, f32)

@@ -173,7 +173,8 @@ class Domain:
         """What an evaluation and a trace file say of the task: at least `method`, `family` and `threads`."""
         return {"method": "", "family": {}, "threads": {}}
 
-    def solvable(self, problem: typing.Any) -> bool:
+    @staticmethod
+    def solvable(problem: typing.Any) -> bool:
         """Whether a problem has a solution."""
         return True
 

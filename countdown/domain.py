@@ -82,7 +82,8 @@ class CountdownDomain(Domain):
             "number_limit": self.language.number_limit,
         }
 
-    def solvable(self, problem: Problem) -> bool:
+    @staticmethod
+    def solvable(problem: Problem) -> bool:
         """Whether the target can be reached, by exact search."""
         return solver.solvable(problem.numbers, problem.target)
 

@@ -124,7 +124,7 @@ def build(config: ConfigDict) -> Parts:
         make_mesh(**config.mesh),
         TrainConfig(**config.train),
         EvaluationConfig(**config.evaluation),
-        SamplerConfig(**dict(settings, rows=max(1, settings["rows"] // workers) if settings["rows"] > 0 else 0)),
+        SamplerConfig(**dict(settings, rows=settings["rows"] // workers or settings["rows"])),
         workers,
     )
     _check_together(parts)

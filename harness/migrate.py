@@ -108,7 +108,7 @@ def _converted(name: str, text: str) -> str:
         lines = [json.dumps(log(json.loads(line))) for line in text.splitlines() if line.endswith("}")]
         return text if lines == text.splitlines() else "".join(line + "\n" for line in lines)
     value: typing.Any = json.loads(text) if text else []
-    if name == "config.json" and value and "task" not in value:
+    if name == "config.json" and "temperature" in dict(value).get("model", {}):
         return json.dumps(config(value), indent=1) + "\n"
     if name == "eval.json" and any("task" not in entry for entry in value):
         return json.dumps([evaluation(entry) for entry in value], indent=1) + "\n"

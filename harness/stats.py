@@ -1,4 +1,4 @@
-"""What rollouts are worth: accuracy with its interval, costs, budgets kept, and the curves of the papers.
+"""Statistics of rollouts: accuracy with its interval, costs, adherence to budgets, and the curves of the papers.
 
   1. `summarize` is the one summary of an evaluation: one object per method and budget.
   2. `pass_at` and `cons_at` turn n samples of each problem into the best and the majority of k.

@@ -137,7 +137,7 @@ def read_config(path: str | os.PathLike) -> dict:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UsageError(f"{file} cannot be read ({error}): restore it, or choose another --workdir") from error
-    if "model" in config and "task" not in config:
+    if "temperature" in config.get("model", {}):  # the mark of the older format
         raise UsageError(f"{path} holds a run of an older format: convert it with `python -m harness.migrate {path}`")
     return config
 

@@ -244,9 +244,9 @@ BAD_COMMANDS = {
     "empty range": (["--config.problems.low=9", "--config.problems.high=1"], ["range of numbers"]),
     "no solvable problem": (
         ["--config.problems.high=2", "--config.problems.target_low=500", "--config.problems.target_high=600"],
-        ["0 held-out problems", "widen"],
+        ["only 0 problems for the heldout split", "widen"],
     ),
-    "too few held-out problems": (["--config.evaluation.problems=100000"], ["held-out"]),
+    "too few held-out problems": (["--config.evaluation.problems=100000"], ["heldout split, 100000 were asked for"]),
     "no held-out problems": (["--config.evaluation.problems=0"], ["evaluation.problems"]),
     "no validation problems": (["--config.train.eval_problems=0"], ["train.eval_problems"]),
     "context too small for a prompt": (
