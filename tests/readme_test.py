@@ -9,16 +9,10 @@ The documents are README.md and docs/*.md. Each ```bash block is one script, run
 
 Output is in ```console or ```text blocks, which are only read.
 
-A table or a paragraph is held to the shipped results by a comment right after it. Each line names a number in it and
-the field of pretrained/RUN/eval.json that it is, to as many decimals as are printed. {{name}} is yet to be measured.
-
-    <!-- held to pretrained/RUN/eval.json:
-    0.416 = apr-desktop accuracy
-    0.374 = apr-desktop interval.0
-    -->
+Numbers are held to the shipped results by a comment right after their table, paragraph or block of output
+(`docs/fill.py` has the form). {{name}} is yet to be measured.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -32,20 +26,15 @@ import typing
 
 import pytest
 
-from docs import sizes
+from docs import fill
+from docs.fill import DOCUMENTS, HELD, HELD_LINE, README, ROOT, UNMEASURED
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 1000  # of the README
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"# (takes|needs) ")
 SET_UP = re.compile(r"(git clone|cd|source|\.|python3?(\.\d+)? -m venv|(\S*/)?pip3? install|\S+ -m pip install) ")
 PYTHON = re.compile(r"(?<![\w./-])(\.venv/bin/)?python3?(?= )")
 PYTEST = re.compile(r"(?<![\w./-])(\.venv/bin/)?pytest\b(?! *[=>])")
-HELD = re.compile(r"((?:^.+\n)+)\n?<!-- held to pretrained/RUN/eval\.json:\n((?:.+\n)*?)-->", re.MULTILINE)
-HELD_LINE = re.compile(r"(\S+) = (\S+) (\S+)")
-UNMEASURED = re.compile(r"\{\{(\w+)\}\}")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 # ------------------------------------------------------------------- shell blocks
@@ -282,20 +271,6 @@ def test_what_is_wrong_with_a_command(line, fault):
 # ------------------------------------------------------------------- numbers
 
 
-@functools.cache
-def evaluation(run: str) -> dict[str, typing.Any]:
-    """The shipped evaluation of a run."""
-    return json.loads((ROOT / "pretrained" / run / "eval.json").read_text())[0]
-
-
-def field(run: str, name: str) -> float:
-    """A dotted field of a shipped evaluation: accuracy, interval.0, failures.truncated."""
-    value: typing.Any = evaluation(run)
-    for part in name.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
-
-
 def cells(text: str) -> list[str]:
     """The cells of a Markdown table, without its header, or the words of a paragraph."""
     rows = text.splitlines()
@@ -304,24 +279,18 @@ def cells(text: str) -> list[str]:
     return [word.strip("*`(),.") for row in rows for word in row.split()]
 
 
-def held() -> list[tuple[str, str, str, str, str]]:
-    """(document, table or paragraph, number, run, field) of every number that a comment holds."""
-    return [
-        (path.name, table, *line)
-        for path in DOCUMENTS
-        if path.exists()
-        for table, comment in HELD.findall(path.read_text())
-        for line in HELD_LINE.findall(comment)
-    ]
+def check(held: fill.HeldNumber) -> None:
+    """Fails unless a number stands where its comment says and is what it says."""
+    assert held.number in cells(held.text), f"{held.document}: there is no {held.number} above the comment"
+    if UNMEASURED.fullmatch(held.number):
+        pytest.skip(f"{held.number} is yet to be measured")
+    decimals = len(held.number.partition(".")[2])
+    assert f"{fill.field(held.run, held.name):,.{decimals}f}" == held.number
 
 
-@pytest.mark.parametrize(("document", "table", "number", "run", "name"), held(), ids=lambda x: x if len(x) < 40 else "")
-def test_a_number_is_that_of_the_shipped_results(document, table, number, run, name):
-    assert number in cells(table), f"{document}: there is no {number} above the comment"
-    if UNMEASURED.fullmatch(number):
-        pytest.skip(f"{number} is yet to be measured")
-    decimals = len(number.partition(".")[2])
-    assert f"{field(run, name):,.{decimals}f}" == number
+@pytest.mark.parametrize("held", fill.held(), ids=lambda held: f"{held.document}-{held.run}-{held.name}")
+def test_a_number_is_that_of_the_shipped_results(held: fill.HeldNumber):
+    check(held)
 
 
 def test_every_number_of_the_results_in_the_readme_is_held():
@@ -334,15 +303,11 @@ def test_every_number_of_the_results_in_the_readme_is_held():
 
 
 def test_a_held_number_may_not_differ_in_its_last_digit():
-    run = "apr-desktop"
-    accuracy = field(run, "accuracy")
-    table = f"| a |\n|---|\n| {accuracy:.3f} |\n"
-    test_a_number_is_that_of_the_shipped_results("", table, f"{accuracy:.3f}", run, "accuracy")
-    wrong = f"{accuracy + 0.001:.3f}"
+    right, wrong = (f"{fill.field('apr-desktop', 'accuracy') + error:.3f}" for error in (0, 0.001))
+    check(fill.HeldNumber("", f"| a |\n|---|\n| **{right}** |\n", right, "apr-desktop", "accuracy"))
+    check(fill.HeldNumber("", f"It solves {right}.\n", right, "apr-desktop", "accuracy"))
     with pytest.raises(AssertionError):
-        test_a_number_is_that_of_the_shipped_results(
-            "", table.replace(f"{accuracy:.3f}", wrong), wrong, run, "accuracy"
-        )
+        check(fill.HeldNumber("", f"| a |\n|---|\n| {wrong} |\n", wrong, "apr-desktop", "accuracy"))
 
 
 @pytest.mark.xfail(reason="numbers of the new recipe at `laptop` are being measured")
@@ -371,11 +336,11 @@ def test_the_readme_is_short():
 
 
 def test_the_readme_says_how_large_the_files_are():
-    rows = list(sizes.ROW.finditer(README.read_text()))
+    rows = list(fill.ROW.finditer(README.read_text()))
     assert len(rows) >= 8, "README.md has no map of the code"
     for row in rows:
-        stated, counted = int(row[2].replace(",", "")), sizes.counted(row)
-        assert abs(stated - counted) <= max(20, counted / 10), f"run docs/sizes.py: {row[0]} has {counted} lines"
+        stated, counted = int(row[2].replace(",", "")), fill.size(row)
+        assert abs(stated - counted) <= max(20, counted / 10), f"run docs/fill.py: {row[0]} has {counted} lines"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
