@@ -272,11 +272,10 @@ def test_what_is_wrong_with_a_command(line, fault):
 
 
 def cells(text: str) -> list[str]:
-    """The cells of a Markdown table, without its header, or the words of a paragraph."""
-    rows = text.splitlines()
+    """The cells of a Markdown table, without its header, or the words of a paragraph or a block of output."""
     if text.startswith("|"):
-        return [cell.strip(" *`") for row in rows[2:] for cell in row.strip("|").split("|")]
-    return [word.strip("*`(),.") for row in rows for word in row.split()]
+        return [cell.strip(" *`") for row in text.splitlines()[2:] for cell in row.strip("|").split("|")]
+    return [word.strip(".") for word in re.split(r"[\s/(),*`]+|(?<=[\d}])-", text)]  # 0.603-0.687 is two
 
 
 def check(held: fill.HeldNumber) -> None:
