@@ -352,3 +352,30 @@ def test_links_lead_to_files(path: pathlib.Path):
 def test_prose_has_no_semicolons(path: pathlib.Path):
     prose = re.sub(r"<!--.*?-->|`[^`]*`", "", FENCED.sub("", path.read_text()), flags=re.DOTALL)
     assert ";" not in prose
+
+
+def prose(path: pathlib.Path) -> str:
+    """A document without its blocks and comments."""
+    return re.sub(r"<!--.*?-->", "", FENCED.sub("", path.read_text()), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_tests_that_are_named_exist(path: pathlib.Path):
+    quoted = re.findall(r"`([^`]+)`", prose(path))
+    files = {name for name in quoted if re.fullmatch(r"[\w/]+\.(py|md)", name)} - {"tables.md"}
+    here = (ROOT, ROOT / "configs", path.parent)  # recipes are called by their name alone
+    assert not [name for name in files if not any((folder / name).exists() for folder in here)]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("*_test.py"))
+    assert not [name for name in quoted if re.fullmatch(r"test_\w+", name) and f"def {name}(" not in tests]
+
+
+def test_what_the_exercises_change_is_there():
+    found = re.findall(r"\*\*Break it.*?(?=\n## |\Z)", prose(ROOT / "docs/tutorial.md"), re.DOTALL)
+    assert len(found) == 6, "every step of the tutorial breaks something"
+    changed = 0
+    for exercise in found:
+        for file, old in re.findall(r"of\s+`([\w/]+\.py)`[^`]*?\breplace\s+`([^`]+)`\s+by", exercise):
+            assert (ROOT / file).read_text().count(old) == 1, f"{file} has no {old}"
+            changed += 1
+        assert re.search(r"`test_\w+`", exercise), "an exercise names a test that goes red"
+    assert changed >= 3
