@@ -54,7 +54,7 @@ from experiment import Experiment
 from parallel_runtime import Interrupted, Request, Rollout, Thread
 from solver import Problem
 from tokenizer import Tokenizer
-from workdir import Progress, UsageError, launch, load_best, read_config, usage_errors, write_json
+from workdir import Progress, UsageError, holds_parameters, launch, load_best, read_config, usage_errors, write_json
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained" / "apr"
 EXCLUSIVE = {  # flag -> flags that would change nothing beside it
@@ -393,7 +393,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != {"label", "workdir", "grid"}:
             raise UsageError(f"entry {number} of the sweep must be a dict of label, workdir and grid, not {entry!r}")
-        if not (pathlib.Path(entry["workdir"]) / "best").is_dir():
+        if not holds_parameters(entry["workdir"]):
             print(f"left out: {entry['label']}: {entry['workdir']} holds no trained run", file=sys.stderr)
             continue
         stored = read_config(entry["workdir"])

@@ -44,7 +44,7 @@ from experiment import Experiment
 from packing import Segment, TokenBatch, pack_all, segments
 from parallel_runtime import Request, Rollout
 from train_state import LossFn, Outputs, TrainState, make_score, make_train_step, placed_state, stack
-from workdir import Progress, UsageError, Workdir, launch, load_best, read_config, usage_errors
+from workdir import Progress, UsageError, Workdir, holds_parameters, launch, load_best, read_config, usage_errors
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 ESTIMATORS = ("k1", "k2", "k3")
@@ -361,7 +361,7 @@ def start_from(named: str | None, suffix: str) -> pathlib.Path:
     if named is not None:
         return pathlib.Path(named)
     for folder in (pathlib.Path("runs"), PRETRAINED.parent):
-        if (folder / f"apr{suffix}" / "best").is_dir():
+        if holds_parameters(folder / f"apr{suffix}"):
             return folder / f"apr{suffix}"
     if suffix == "-smoke":  # any small model will do
         return PRETRAINED

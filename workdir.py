@@ -35,18 +35,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-
-class UsageError(Exception):
-    """A mistake of the user's, told in one sentence with its remedy."""
-
-
-@contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Inside, a ValueError or OSError is the user's mistake: it becomes a UsageError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+from harness import huggingface
+from harness.cli import UsageError, usage_errors
 
 
 def launch(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
@@ -140,6 +130,8 @@ class Workdir:
         self._first = jax.process_index() == 0
         wanted = json.loads(config.to_json())
         try:
+            if huggingface.holds_model(self.path):
+                raise UsageError(f"{path} holds an exported model and no run: choose another --workdir")
             if (self.path / "config.json").exists():
                 if changed := sorted(_differences(read_config(self.path), wanted)):
                     raise UsageError(
@@ -222,8 +214,18 @@ def write_json(path: pathlib.Path, value: typing.Any) -> None:
         temporary.replace(path)
 
 
+# The next three functions also read a folder that `python -m harness.export` wrote.
+
+
+def holds_parameters(path: str | os.PathLike) -> bool:
+    """Whether `load_best` has something to read."""
+    return (pathlib.Path(path) / "best").is_dir() or huggingface.holds_model(path)
+
+
 def read_config(path: str | os.PathLike) -> dict:
     """The configuration of the run in a workdir. Raises UsageError if there is none."""
+    if huggingface.holds_model(path):
+        return huggingface.read_recipe(path)
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
         raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
@@ -238,6 +240,8 @@ def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, di
 
     Raises UsageError if there are none, or if they do not fit the shapes of `like`.
     """
+    if huggingface.holds_model(path):
+        return huggingface.load(path, like)
     root = pathlib.Path(path).absolute() / "best"
     step = None
     if root.is_dir():

@@ -153,8 +153,9 @@ def test_kind_and_name_follow_from_the_file(rule: Rule) -> None:
     script = not last.startswith("tests/") and '\nif __name__ == "__main__":\n' in (ROOT / last).read_text()
     kind = "py_test" if last.endswith("_test.py") else "py_binary" if script else "py_library"
     assert rule.kind == kind
-    folder = pathlib.PurePath(last).parent.name
-    assert rule.label.split(":")[1] in (pathlib.PurePath(last).stem, folder)
+    package, name = rule.label.removeprefix("//").split(":")
+    path = pathlib.PurePath(last).relative_to(package).with_suffix("").as_posix()
+    assert name in (path, path.split("/")[0], package)  # a file, or all files of a folder
 
 
 def test_pyproject_lists_the_modules_and_the_packages_they_import() -> None:
