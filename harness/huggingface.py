@@ -57,11 +57,16 @@ TEXTS = (CONFIG, GENERATION, RECIPE, RESULT)  # a folder of ours holds them all,
 LOG, EVALUATION = "metrics.jsonl", "eval.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}  # by their names in a safetensors file
 ULPS, ALL = "ulps/", "parameters"  # entries of a header beside the checksums
-HEADER_BYTES = 512  # at most, of one entry in the header of a safetensors file
+HEADER_BYTES = 256  # at most, of what a header says about one array
 REMEDY = "copy the folder again, or write it again with `python -m harness.export`"
 
 
-# ------------------------------------------------------------------- what a rounded product loses
+# ------------------------------------------------------------------- checksums, and what a rounded product loses
+
+
+def checksum(data: bytes, *about: typing.Any) -> str:
+    """BLAKE2b of some bytes and of what they are."""
+    return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -70,29 +75,25 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _ulps(wanted: np.ndarray, got: np.ndarray) -> str:
-    """How many units in the last place lead from `got` to `wanted` (one dtype), as compressed text."""
-    return base64.b64encode(zlib.compress((_bits(wanted) - _bits(got)).astype(np.int8).tobytes(), 9)).decode()
+    """How many units in the last place lead from `got` to `wanted` (one dtype): a checksum and compressed text."""
+    packed = base64.b64encode(zlib.compress((_bits(wanted) - _bits(got)).astype(np.int8).tobytes(), 9))
+    return f"{checksum(packed)} {packed.decode()}"
 
 
 def _nudged(got: np.ndarray, text: str) -> np.ndarray:
     """`got`, moved by the units that `_ulps` found. Raises ValueError on a text that is none of its."""
+    total, _, packed = text.partition(" ")
     try:
-        packed = zlib.decompressobj()
-        data = packed.decompress(base64.b64decode(text, validate=True), got.size + 1)
+        data = zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), got.size + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if len(data) != got.size:
-        raise ValueError(f"{len(data)} units for {got.size} numbers")
+    if checksum(packed.encode()) != total or len(data) != got.size:
+        raise ValueError("the checksum or the number of units is another")
     bits = _bits(got) + np.frombuffer(data, np.int8).reshape(got.shape)
     return bits.astype(f"int{8 * got.dtype.itemsize}").view(got.dtype)
 
 
 # ------------------------------------------------------------------- writing
-
-
-def checksum(data: bytes, *about: typing.Any) -> str:
-    """BLAKE2b of some bytes and of what they are."""
-    return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
 
 
 def _array_checksum(name: str, array: np.ndarray) -> str:
@@ -164,12 +165,12 @@ def _exactness(tensors: dict[str, np.ndarray], hf_config: dict, wanted: dict[str
 def _model_files(tensors: dict[str, np.ndarray], header: dict[str, str], limit: int | None) -> dict[str, bytes]:
     """The safetensors files, and their index if there are several; the first carries `header`."""
     groups: list[list[str]] = [[]]
-    used = first = sum(map(len, header.values())) + HEADER_BYTES * (len(header) + 1)
+    used = first = HEADER_BYTES + sum(len(name) + len(value) + 6 for name, value in header.items())
     for name, array in tensors.items():
         size = array.nbytes + HEADER_BYTES
         if limit is not None and used + size > limit:
             if size + first > limit:
-                raise UsageError(f"{name} alone has {array.nbytes:,} bytes: raise --shard_mb, or leave it out")
+                raise UsageError(f"{name} ({array.nbytes:,} bytes) does not fit into {limit:,}: raise --shard_mb")
             groups.append([])
             used = HEADER_BYTES
         groups[-1].append(name)
@@ -267,7 +268,7 @@ def _check_header(folder: pathlib.Path, header: Mapping[str, str], unsigned: Seq
     known = {"format", ALL, LOG, *TEXTS}
     wrong = [*unsigned, *({"format", ALL, *TEXTS} - header.keys())]
     wrong += [name for name in header if name not in known and not name.startswith(ULPS)]
-    if wrong or header["format"] != "pt":
+    if wrong:
         raise UsageError(f"the headers of {folder}'s arrays lack the checksum of {', '.join(wrong[:3])}: {REMEDY}")
     for name in (*TEXTS, LOG):
         if name in header and checksum(_read(folder / name), name) != header[name]:
@@ -308,6 +309,8 @@ def _read_file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): {REMEDY}") from error
+    if header.get("format", "pt") != "pt":
+        raise UsageError(f"{path} is damaged (its format is {header['format']!r}): {REMEDY}")
     tensors, unsigned = {}, []
     for name, entry in entries:
         if entry["dtype"] not in DTYPES:

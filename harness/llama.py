@@ -173,13 +173,11 @@ def model_config(hf_config: Mapping[str, typing.Any]) -> ModelConfig:
         if hf.get(name, default) != value:
             raise ValueError(f"{name}={hf.get(name)!r} is not {value!r}, the only one that model.py computes")
     shape: dict[str, typing.Any] = {ours: hf.get(theirs) for ours, theirs in _FIELDS.items()}
-    rest = {
-        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
-        "temperature": hf.get("folded_temperature", 1.0),
-    }
+    theta, temperature = rope.get("rope_theta", hf.get("rope_theta", 10_000.0)), hf.get("folded_temperature", 1.0)
     tied = hf.get("tie_word_embeddings", False)
     wrong = [_FIELDS[name] for name, value in shape.items() if type(value) is not int or not 0 < value < 2**31]
-    wrong += [name for name, value in rest.items() if type(value) not in (int, float) or not 0 < value < math.inf]
+    for name, value in {"rope_theta": theta, "folded_temperature": temperature}.items():
+        wrong += [name] if type(value) not in (int, float) or not 0 < value < math.inf else []
     if wrong or type(tied) is not bool:
         raise ValueError(f"{', '.join(wrong) or 'tie_word_embeddings'} has a value that no model can have")
-    return ModelConfig(**shape, **rest, tied=tied, dtype="float32")
+    return ModelConfig(**shape, rope_theta=theta, temperature=temperature, tied=tied, dtype="float32")
