@@ -21,6 +21,7 @@ Deviations from a plain Llama folder, none of which other software reads:
 
 - The product sqrt(D) E is rounded. Division then misses some values of E by one unit in the last place, and no
   rounding could avoid this. The header of the first safetensors file keeps these units ("ulps/embedding").
+- In a folder of bfloat16 the products stay float32: transformers then computes the logits of the rounded parameters.
 - The header keeps a BLAKE2b checksum of each array (over name, dtype, shape and bytes), of each text file, and of
   all parameters as they come back. eval.json has none, for `evaluate.py` writes it again.
 
@@ -48,7 +49,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from harness.cli import UsageError
-from harness.llama import fit, from_llama, llama_config, to_llama
+from harness.llama import SCALED, fit, from_llama, llama_config, to_llama
 from model import ModelConfig
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,28 +70,25 @@ def checksum(data: bytes, *about: typing.Any) -> str:
     return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The bits of floating-point numbers as integers: neighbours of one sign differ by 1."""
-    return array.view({2: np.int16, 4: np.int32}[array.dtype.itemsize]).astype(np.int64)
-
-
 def _ulps(wanted: np.ndarray, got: np.ndarray) -> str:
-    """How many units in the last place lead from `got` to `wanted` (one dtype): a checksum and compressed text."""
-    packed = base64.b64encode(zlib.compress((_bits(wanted) - _bits(got)).astype(np.int8).tobytes(), 9))
+    """How many units in the last place lead from `got` to `wanted`, both float32: a checksum and compressed text."""
+    steps = wanted.view(np.int32) - got.view(np.int32)  # neighbours of one sign differ by 1
+    packed = base64.b64encode(zlib.compress(steps.astype(np.int8).tobytes(), 9))
     return f"{checksum(packed)} {packed.decode()}"
 
 
 def _nudged(got: np.ndarray, text: str) -> np.ndarray:
     """`got`, moved by the units that `_ulps` found. Raises ValueError on a text that is none of its."""
     total, _, packed = text.partition(" ")
+    if checksum(packed.encode()) != total:
+        raise ValueError("the checksum is another")
     try:
         data = zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), got.size + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if checksum(packed.encode()) != total or len(data) != got.size:
-        raise ValueError("the checksum or the number of units is another")
-    bits = _bits(got) + np.frombuffer(data, np.int8).reshape(got.shape)
-    return bits.astype(f"int{8 * got.dtype.itemsize}").view(got.dtype)
+    if len(data) != got.size:
+        raise ValueError(f"{len(data)} units for {got.size} numbers")
+    return (got.view(np.int32) + np.frombuffer(data, np.int8).reshape(got.shape)).view(np.float32)
 
 
 # ------------------------------------------------------------------- writing
@@ -100,9 +98,8 @@ def _array_checksum(name: str, array: np.ndarray) -> str:
     return checksum(array.tobytes(), name, array.dtype.name, array.shape)
 
 
-def _tree_checksum(params: typing.Any) -> str:
+def _tree_checksum(flat: Mapping[str, np.ndarray]) -> str:
     """One checksum of all parameters."""
-    flat = traverse_util.flatten_dict(params, sep="/")
     return checksum(b"", *(_array_checksum(name, flat[name]) for name in sorted(flat)))
 
 
@@ -130,10 +127,12 @@ def save(
     flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
     if broken := [name for name, array in flat.items() if not np.isfinite(array).all()]:
         raise UsageError(f"the parameters {', '.join(broken[:3])} are not finite: export an earlier checkpoint")
-    hf_config = llama_config(config, temperature, dtype, stop_ids[0])
+    hf_config = llama_config(config, temperature, stop_ids[0])
     kind = jnp.dtype(dtype)
-    tensors = {name: array.astype(kind) for name, array in to_llama(params, config, temperature).items()}
-    header = _exactness(tensors, hf_config, {name: array.astype(kind) for name, array in flat.items()})
+    flat = {name: array.astype(kind).astype(np.float32) for name, array in flat.items()}
+    tensors = to_llama(traverse_util.unflatten_dict(flat, sep="/"), config, temperature)
+    header = _exactness(tensors, hf_config, flat)
+    tensors = {name: array if name in SCALED else array.astype(kind) for name, array in tensors.items()}
     generation = {"eos_token_id": list(stop_ids), "pad_token_id": hf_config["pad_token_id"], "bos_token_id": None}
     values = (hf_config, generation, dict(recipe), dict(result))
     texts = {name: _json_bytes(value) for name, value in zip(TEXTS, values, strict=True)}
@@ -153,12 +152,11 @@ def _json_bytes(value: dict[str, typing.Any]) -> bytes:
 
 
 def _exactness(tensors: dict[str, np.ndarray], hf_config: dict, wanted: dict[str, np.ndarray]) -> dict[str, str]:
-    """Entries of the header by which `wanted`, rounded to its dtype, comes back from `tensors` bit for bit."""
-    plain = from_llama({name: array.astype(np.float32) for name, array in tensors.items()}, hf_config)
-    header = {ALL: _tree_checksum({name: array.astype(np.float32) for name, array in wanted.items()})}
-    for name, got in traverse_util.flatten_dict(plain, sep="/").items():
-        if not np.array_equal(got, wanted[name].astype(np.float32)):
-            header[ULPS + name] = _ulps(wanted[name], got.astype(wanted[name].dtype))
+    """Entries of the header by which `wanted`, float32 arrays by name, comes back from `tensors` bit for bit."""
+    header = {ALL: _tree_checksum(wanted)}
+    for name, got in traverse_util.flatten_dict(from_llama(tensors, hf_config), sep="/").items():
+        if not np.array_equal(got, wanted[name]):
+            header[ULPS + name] = _ulps(wanted[name], got)
     return header
 
 
@@ -244,11 +242,10 @@ def load(folder: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, dict[
     except ValueError as error:
         raise UsageError(f"{folder / CONFIG} and the arrays beside it disagree ({error}): {REMEDY}") from error
     flat = traverse_util.flatten_dict(plain, sep="/")
-    kind = next(iter(tensors.values())).dtype
     for key in [key for key in header if key.startswith(ULPS)]:
         name = key.removeprefix(ULPS)
         try:
-            flat[name] = _nudged(flat[name].astype(kind), header[key]).astype(np.float32)
+            flat[name] = _nudged(flat[name], header[key])
         except (KeyError, ValueError) as error:
             raise UsageError(f"the entry {key} in the header of {folder}'s arrays is damaged: {REMEDY}") from error
     if own and _tree_checksum(flat) != header[ALL]:

@@ -25,6 +25,8 @@ from flax import traverse_util
 
 from model import MATRICES, NORM_EPSILON, ModelConfig
 
+SCALED = ("model.embed_tokens.weight", "model.norm.weight")  # these hold products of our parameters
+
 
 class _Leaf(typing.NamedTuple):
     """One parameter: its names and shape here, and how many leading axes are contracted (0: it is no matrix)."""
@@ -109,9 +111,9 @@ def fit(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
 
 
 def llama_config(
-    config: ModelConfig, temperature: float = 1.0, dtype: str = "float32", end_id: int = 1, pad_id: int = 0
+    config: ModelConfig, temperature: float = 1.0, end_id: int = 1, pad_id: int = 0
 ) -> dict[str, typing.Any]:
-    """config.json of a decoder whose arrays are stored as `dtype`."""
+    """config.json of a decoder. transformers computes in the dtype that ours does, however the arrays are stored."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -133,7 +135,7 @@ def llama_config(
         "pad_token_id": pad_id,
         "bos_token_id": None,
         "eos_token_id": end_id,
-        "torch_dtype": dtype,
+        "torch_dtype": config.dtype,
         "folded_temperature": temperature,
     }
 
