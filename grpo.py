@@ -41,7 +41,7 @@ from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
 from harness.processes import launch
 from harness.rollouts import RolloutPool
-from harness.workdir import PRETRAINED, Workdir, load_best, read_config
+from harness.workdir import PRETRAINED, Workdir, holds_parameters, load_best, read_config
 from objective import ADVANTAGES, AGGREGATES, GrpoConfig, Totals, grpo_loss, reward
 from packing import Segment, TokenBatch, lay_out, pack, pad_microbatches, places, segments, to_microbatches
 from protocols import Request
@@ -246,7 +246,7 @@ def start_from(named: str | None, suffix: str) -> pathlib.Path:
     if named is not None:
         return pathlib.Path(named)
     for folder in (pathlib.Path("runs"), PRETRAINED.parent):
-        if (folder / f"apr{suffix}" / "best").is_dir():
+        if holds_parameters(folder / f"apr{suffix}"):
             return folder / f"apr{suffix}"
     if suffix == "-smoke":  # any small model will do
         return PRETRAINED

@@ -24,7 +24,7 @@ from harness.cli import UsageError, usage_errors
 from harness.evaluation import budget_line, evaluation_json, fingerprint, measure, problem_set, warm_up
 from harness.results import Evaluation, read
 from harness.rollouts import RolloutPool
-from harness.workdir import load_best, read_config, write_json
+from harness.workdir import holds_parameters, load_best, read_config, write_json
 
 
 class Point(typing.NamedTuple):
@@ -45,7 +45,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != {"label", "workdir", "grid"}:
             raise UsageError(f"entry {number} of the sweep must be a dict of label, workdir and grid, not {entry!r}")
-        if not (pathlib.Path(entry["workdir"]) / "best").is_dir():
+        if not holds_parameters(entry["workdir"]):
             print(f"left out: {entry['label']}: {entry['workdir']} holds no trained run", file=sys.stderr)
             continue
         stored = read_config(entry["workdir"])

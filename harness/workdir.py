@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from harness import huggingface
 from harness.cli import UsageError
 
 PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained" / "apr"  # the shipped run that commands start from
@@ -46,6 +47,8 @@ class Workdir:
         self._first = jax.process_index() == 0
         wanted = json.loads(config.to_json())
         try:
+            if huggingface.holds_model(self.path):
+                raise UsageError(f"{path} holds an exported model and no run: choose another --workdir")
             if (self.path / "config.json").exists():
                 if changed := sorted(_differences(read_config(self.path), wanted)):
                     raise UsageError(
@@ -128,8 +131,18 @@ def write_json(path: pathlib.Path, value: typing.Any) -> None:
         temporary.replace(path)
 
 
+# The next three functions also read a folder that `python -m harness.export` wrote.
+
+
+def holds_parameters(path: str | os.PathLike) -> bool:
+    """Whether `load_best` has something to read."""
+    return (pathlib.Path(path) / "best").is_dir() or huggingface.holds_model(path)
+
+
 def read_config(path: str | os.PathLike) -> dict:
     """The configuration of the run in a workdir. Raises UsageError if there is none, or one of the older format."""
+    if huggingface.holds_model(path):
+        return huggingface.read_recipe(path)
     file = pathlib.Path(path) / "config.json"
     if not file.exists():
         raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
@@ -147,6 +160,8 @@ def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, di
 
     Raises UsageError if there are none, or if they do not fit the shapes of `like`.
     """
+    if huggingface.holds_model(path):
+        return huggingface.load(path, like)
     root = pathlib.Path(path).absolute() / "best"
     step = None
     if root.is_dir():

@@ -1,0 +1,628 @@
+"""Exported models: they come back bit for bit, any damage is one sentence, and transformers computes the same logits.
+
+What needs torch and transformers is skipped where they are not installed: pip install -e ".[test,interop]".
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import random
+import shutil
+import struct
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+import evaluate
+import grpo
+import sft
+from harness import export, huggingface, llama
+from harness.build import build
+from harness.cli import UsageError
+from harness.workdir import Workdir, holds_parameters, load_best, read_config
+from model import Decoder, ModelConfig
+from train_state import init_params
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PRETRAINED = ROOT / "pretrained" / "apr"
+TINY = ModelConfig(
+    vocab_size=11,
+    width=24,  # its root is no power of two, and heads x head_width is another number
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=10,
+    mlp_width=14,
+    context=64,
+    rope_theta=5_000.0,
+    tied=True,
+    dtype="float32",
+)
+SHAPES = {
+    "tied": TINY,
+    "untied": dataclasses.replace(TINY, tied=False),
+    "one kv head, power of two": dataclasses.replace(TINY, kv_heads=1, width=64),
+    "as many kv heads": dataclasses.replace(TINY, kv_heads=4, layers=1, tied=False),
+}
+RECIPE = {"name": "tiny", "seed": 3}
+RESULT = {"validation_accuracy": 0.25, "step": 7}
+
+
+def make(config: ModelConfig, seed: int = 0) -> dict:
+    """Random parameters as host arrays; norms are not all ones."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        drawn = rng.standard_normal(shape)
+        return (1 + 0.3 * drawn if len(shape) == 1 else drawn / np.sqrt(shape[0])).astype(np.float32)
+
+    return jax.tree.map(lambda leaf: draw(leaf.shape), shapes_of(config))
+
+
+@functools.cache
+def shapes_of(config: ModelConfig) -> dict:
+    return jax.eval_shape(lambda: init_params(Decoder(config), jax.random.key(0)))
+
+
+def write(folder: pathlib.Path, config: ModelConfig = TINY, **options) -> dict:
+    """Saves random parameters and returns them."""
+    params = make(config)
+    huggingface.save(folder, params, RECIPE, config, (1, 9), RESULT, **options)
+    return params
+
+
+def rounded(params: dict, dtype: str) -> dict:
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)).astype(np.float32), params)
+
+
+def same(left: dict, right: dict) -> bool:
+    """Bit for bit, and the same tree."""
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), left, right))
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def logits(params: dict, config: ModelConfig, rows: list[list[int]]) -> list[np.ndarray]:
+    """Ours, [T, V] a row: tokens see those before them."""
+    longest = max(map(len, rows))
+    tokens = jnp.array([row + [0] * (longest - len(row)) for row in rows])
+    positions = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
+    params = jax.tree.map(jnp.asarray, params)
+    found, _ = jax.jit(Decoder(config).apply)({"params": params}, tokens, positions, jnp.full_like(tokens, longest))
+    return [np.asarray(found[i, : len(row)]) for i, row in enumerate(rows)]
+
+
+# ------------------------------------------------------------------- the mapping
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_to_llama_and_from_llama_are_inverse(config):
+    params = make(config)
+    tensors = llama.to_llama(params, config)
+    back = llama.from_llama(tensors, llama.llama_config(config))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1.2e-7), params, back)
+    flat, found = traverse_util.flatten_dict(params, sep="/"), traverse_util.flatten_dict(back, sep="/")
+    changed = {name for name, array in flat.items() if not same(array, found[name])}
+    assert changed <= {"embedding", "final_norm/scale"}  # the others are bit-equal
+
+
+def test_the_arrays_by_hand():
+    params = make(TINY)
+    tensors = llama.to_llama(params, TINY, 0.5)
+    assert len(tensors) == 2 + 9 * TINY.layers and "lm_head.weight" not in tensors
+    root = np.sqrt(24.0)
+    np.testing.assert_allclose(tensors["model.embed_tokens.weight"], params["embedding"] * root, rtol=1e-6)
+    np.testing.assert_allclose(tensors["model.norm.weight"], params["final_norm"]["scale"] / (0.5 * root), rtol=1e-6)
+    query, out = params["attention_1"]["query"], params["attention_1"]["out"]
+    assert tensors["model.layers.1.self_attn.q_proj.weight"][2 * 10 + 3, 5] == query[5, 2, 3]
+    assert tensors["model.layers.1.self_attn.o_proj.weight"][5, 2 * 10 + 3] == out[2, 3, 5]
+    assert tensors["model.layers.0.mlp.down_proj.weight"].shape == (24, 14)
+    untied = SHAPES["untied"]
+    tensors = llama.to_llama(make(untied), untied, 0.5)
+    assert np.array_equal(tensors["lm_head.weight"], make(untied)["head"].T)
+    np.testing.assert_allclose(tensors["model.norm.weight"], make(untied)["final_norm"]["scale"] / 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_config_comes_back(config):
+    assert llama.model_config(llama.llama_config(config)) == config
+    assert llama.model_config(json.loads(json.dumps(llama.llama_config(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "gemma"),
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 1e-5),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("rope_parameters", ["default"]),
+        ("attention_bias", True),
+        ("num_hidden_layers", "2"),
+        ("num_hidden_layers", 10**12),
+        ("hidden_size", -8),
+        ("head_dim", True),
+        ("num_attention_heads", 3),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}),
+        ("tie_word_embeddings", None),
+    ],
+)
+def test_a_llama_that_our_decoder_does_not_compute_is_refused(field, value):
+    tensors = llama.to_llama(make(TINY), TINY, 0.7)
+    with pytest.raises(ValueError, match={"rope_parameters": "rope_t", "num_attention_heads": "heads"}.get(field, field)):
+        llama.from_llama(tensors, {**llama.llama_config(TINY), field: value})
+
+
+def test_parameters_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="head is missing"):
+        llama.to_llama(make(TINY), SHAPES["untied"], 1.0)
+    with pytest.raises(ValueError, match=r"embedding is \[11, 24\], not \[12, 24\]"):
+        llama.to_llama(make(TINY), dataclasses.replace(TINY, vocab_size=12), 1.0)
+
+
+# ------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 16_000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_folder_comes_back_bit_for_bit(tmp_path, config, dtype, shard_bytes):
+    params = write(tmp_path / "out", config, dtype=dtype, shard_bytes=shard_bytes)
+    back, result = huggingface.load(tmp_path / "out", shapes_of(config))
+    assert same(back, rounded(params, dtype)) and result == RESULT
+    assert huggingface.read_recipe(tmp_path / "out") == RECIPE
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 9]
+
+
+def test_parameters_that_are_bfloat16_already_lose_nothing(tmp_path):
+    params = rounded(make(SHAPES["untied"]), "bfloat16")
+    huggingface.save(tmp_path / "out", params, RECIPE, SHAPES["untied"], 0.7, (1,), RESULT, "bfloat16", 6_000)
+    assert same(huggingface.load(tmp_path / "out", params)[0], params)
+
+
+def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
+    write(tmp_path / "out", shard_bytes=9_000)
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(names) > 2 and names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
+    assert max((tmp_path / "out" / name).stat().st_size for name in names) <= 9_000
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(names)
+    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(make(TINY)))
+    for name in names:
+        held = safetensors.numpy.load_file(tmp_path / "out" / name)
+        assert all(index["weight_map"][array] == name for array in held)
+
+
+def test_a_shard_smaller_than_an_array_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"bytes\) does not fit into 2,000: raise --shard_mb"):
+        write(tmp_path / "out", shard_bytes=2_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_exports_of_one_model_are_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, shard_bytes=12_000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_log_and_evaluation_are_copied(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run" / "eval.json").write_text("[]\n")
+    params = write(tmp_path / "out", source=tmp_path / "run")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    (tmp_path / "out" / "eval.json").write_text("[1]\n")  # as evaluate.py does
+    huggingface.load(tmp_path / "out", params)
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 2}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match its checksum"):
+        huggingface.load(tmp_path / "out", params)
+
+
+def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("do not lose me")
+    for path in (tmp_path / "out", tmp_path / "out" / "thesis.tex"):
+        with pytest.raises(UsageError, match="not an empty folder: choose another --output"):
+            write(path)
+    with pytest.raises(UsageError, match="cannot be written.*choose another --output"):
+        write(tmp_path / "out" / "thesis.tex" / "below")
+    assert contents(tmp_path / "out") == {"thesis.tex": b"do not lose me"}
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    written = pathlib.Path.write_bytes
+
+    def full(path: pathlib.Path, data: bytes) -> int:
+        if path.name == "recipe.json":
+            raise OSError(28, "No space left on device")
+        return written(path, data)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(UsageError, match="No space left"):
+        write(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
+    params = make(TINY)
+    params["mlp_0"]["up"][3, 4] = np.nan
+    with pytest.raises(UsageError, match="mlp_0/up are not finite"):
+        huggingface.save(tmp_path / "out", params, RECIPE, TINY, 0.7, (1,), RESULT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_llama_of_other_origin_is_read_without_checksums(tmp_path):
+    params = write(tmp_path / "ours")
+    tensors = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
+    (tmp_path / "theirs").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    config = llama.llama_config(TINY, 0.7)
+    del config["rope_parameters"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    back, result = huggingface.load(tmp_path / "theirs", params)
+    assert result == {"step": 0}
+    back["final_norm"]["scale"] *= 0.7  # it stays folded
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), back, params)
+
+
+# ------------------------------------------------------------------- damage
+
+
+def cut(path: pathlib.Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def rewrite(folder: pathlib.Path, change: Callable[[dict], None], file: str = "model.safetensors") -> None:
+    """Changes the arrays of a file as a tool would that knows nothing of checksums."""
+    tensors = safetensors.numpy.load_file(folder / file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / file, {"format": "pt"})
+
+
+def resign(folder: pathlib.Path, change: Callable[[dict], None]) -> None:
+    """Changes the header of the model file and nothing else."""
+    data = (folder / "model.safetensors").read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    change(header["__metadata__"])
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+DAMAGE: dict[str, tuple[Callable, str]] = {
+    "no model": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "no recipe": (lambda f: (f / "recipe.json").unlink(), r"recipe\.json is missing"),
+    "no result": (lambda f: (f / "result.json").unlink(), r"result\.json is missing"),
+    "truncated model": (lambda f: cut(f / "model.safetensors", 9_000), r"model\.safetensors is damaged"),
+    "truncated header": (lambda f: cut(f / "model.safetensors", 100), r"model\.safetensors is damaged"),
+    "empty model": (lambda f: cut(f / "model.safetensors", 0), r"model\.safetensors is damaged"),
+    "truncated config": (lambda f: cut(f / "config.json", 100), r"config\.json does not match its checksum"),
+    "edited config": (lambda f: (f / "config.json").write_text("{}"), r"config\.json does not match its checksum"),
+    "edited recipe": (lambda f: (f / "recipe.json").write_text("{}"), r"recipe\.json does not match its checksum"),
+    "a folder for a file": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        r"config\.json cannot be read",
+    ),
+    "no checksums": (lambda f: rewrite(f, lambda t: None), "lack the checksum of"),
+    "an array missing": (
+        lambda f: resign(f, lambda m: m.pop("model.norm.weight")),
+        r"lack the checksum of model\.norm\.weight",
+    ),
+    "unknown entry": (lambda f: resign(f, lambda m: m.update(more="1")), "lack the checksum of more"),
+    "units lost": (lambda f: resign(f, lambda m: m.pop("ulps/embedding")), "do not match their common checksum"),
+    "units of nothing": (lambda f: resign(f, lambda m: m.update({"ulps/x": "sum eA=="})), r"entry ulps/x.*is damaged"),
+    "units that are none": (
+        lambda f: resign(f, lambda m: m.update({"ulps/embedding": "sum no_base_64"})),
+        "entry ulps/embedding.*is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_one_sentence_with_file_and_remedy(tmp_path, damage, words):
+    params = write(tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(UsageError, match=words) as caught:
+        huggingface.load(tmp_path / "out", params)
+    assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
+    assert "copy the folder again, or write it again with `python -m harness.export`" in str(caught.value)
+
+
+SHARD_DAMAGE: dict[str, tuple[Callable, str]] = {
+    "missing shard": (
+        lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
+        r"model-00002-of-00003\.safetensors is missing",
+    ),
+    "missing index": (lambda f: (f / "model.safetensors.index.json").unlink(), r"index\.json is missing"),
+    "truncated index": (lambda f: cut(f / "model.safetensors.index.json", 99), r"index\.json is not JSON"),
+    "deep index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000),
+        r"index\.json is not JSON",
+    ),
+    "listed index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"index\.json holds no JSON object"),
+    "index of nothing": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+        r"index\.json names no safetensors files of its own folder",
+    ),
+    "index out of the folder": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        r"index\.json names no safetensors files of its own folder",
+    ),
+    "shards swapped": (
+        lambda f: (
+            shutil.copy(f / "model-00002-of-00003.safetensors", f / "x"),
+            (f / "model-00003-of-00003.safetensors").rename(f / "model-00002-of-00003.safetensors"),
+            (f / "x").rename(f / "model-00003-of-00003.safetensors"),
+        ),
+        r"index\.json and the files it names disagree",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), SHARD_DAMAGE.values(), ids=SHARD_DAMAGE)
+def test_damage_of_shards_is_one_sentence_with_file_and_remedy(tmp_path, damage, words):
+    params = write(tmp_path / "out", shard_bytes=18_000)
+    damage(tmp_path / "out")
+    with pytest.raises(UsageError, match=words) as caught:
+        huggingface.load(tmp_path / "out", params)
+    assert "\n" not in str(caught.value) and "harness.export" in str(caught.value)
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 9_000])
+def test_every_flipped_bit_is_found(tmp_path, shard_bytes):
+    """Of headers and text files one bit of each byte, of the arrays one bit of every 40th."""
+    config = dataclasses.replace(TINY, layers=1)
+    params = write(tmp_path / "out", config, dtype="bfloat16", shard_bytes=shard_bytes)
+    rng = random.Random(0)
+    for file in sorted((tmp_path / "out").iterdir()):
+        data = file.read_bytes()
+        header = 8 + struct.unpack("<Q", data[:8])[0] if file.suffix == ".safetensors" else len(data)
+        for place in (*range(header), *range(header, len(data), 40)):
+            broken = bytearray(data)
+            broken[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(broken)
+            with pytest.raises(UsageError) as caught:
+                huggingface.load(tmp_path / "out", params)
+                pytest.fail(f"{file.name}, byte {place}: {data[place]} -> {broken[place]} loaded")
+            assert "\n" not in str(caught.value), caught.value
+        file.write_bytes(data)
+    huggingface.load(tmp_path / "out", params)
+
+
+def test_rubbish_never_ends_in_another_error(tmp_path):
+    """Headers and configs of random pieces; whatever loads has the right shapes."""
+    params, rng = write(tmp_path / "out"), random.Random(1)
+    files = [tmp_path / "out" / name for name in ("model.safetensors", "config.json")]
+    (tmp_path / "out" / "recipe.json").unlink()
+    good = [file.read_bytes() for file in files]
+    pieces = [b"{", b"}", b"[", b'"', b":", b",", b"null", b"-1", b"1e999", b"18446744073709551616", b"\xff", b'"dtype"']
+    for _ in range(300):
+        for file, data in zip(files, good, strict=True):
+            broken = bytearray(data)
+            for _ in range(rng.choice((0, 1, 1, 3))):
+                place = rng.randrange(min(len(broken), 4_000))
+                broken[place : place + rng.randrange(6)] = rng.choice(pieces)
+            file.write_bytes(broken)
+        with pytest.raises(UsageError):
+            huggingface.load(tmp_path / "out", params)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    params = write(tmp_path / "out")
+    rewrite(tmp_path / "out", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.float64)}))
+    with pytest.raises(UsageError, match=r"model\.norm\.weight has dtype F64, not F32 or BF16: save it as one of these"):
+        huggingface.load(tmp_path / "out", params)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+        (lambda t: t.update(more=np.zeros(3, np.float32)), "more is left over"),
+        (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model\.norm\.weight is \[3\], not \[24\]"),
+        (lambda t: t["model.norm.weight"].__setitem__(0, np.inf), r"not finite \(final_norm/scale\)"),
+    ],
+)
+def test_wrong_arrays_of_other_origin_are_refused(tmp_path, change, words):
+    params = write(tmp_path / "out")
+    (tmp_path / "out" / "recipe.json").unlink()
+    rewrite(tmp_path / "out", change)
+    with pytest.raises(UsageError, match=words):
+        huggingface.load(tmp_path / "out", params)
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path):
+    write(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"do not fit the model \(head is missing\): use its own config"):
+        huggingface.load(tmp_path / "out", make(SHAPES["untied"]))
+    with pytest.raises(UsageError, match=r"embedding is \[11, 24\], not \[12, 24\]"):
+        huggingface.load(tmp_path / "out", make(dataclasses.replace(TINY, vocab_size=12)))
+
+
+# ------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def exported(smoke_run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The smoke run as a folder."""
+    path = tmp_path_factory.mktemp("exported") / "apr-smoke"
+    config = ConfigDict(read_config(smoke_run.path))
+    config.mesh.data = 1
+    parts = build(config)
+    params, result = load_best(smoke_run.path, parts.param_shapes())
+    ids = (parts.domain.task.end_id, parts.domain.task.spawn_id)
+    recipe = read_config(smoke_run.path)
+    huggingface.save(path, params, recipe, parts.model.config, ids, result, source=smoke_run.path)
+    return path
+
+
+def test_the_command_writes_what_save_does_and_says_so(smoke_run, exported, command: Callable, tmp_path):
+    ended = command(export, f"--workdir={smoke_run.path}", f"--output={tmp_path / 'out'}")
+    assert ended.status == 0, ended.err
+    assert contents(tmp_path / "out") == contents(exported)
+    said = json.loads(ended.out.splitlines()[-1])
+    sizes = {name: len(data) for name, data in contents(exported).items()}
+    assert said == {"output": str(tmp_path / "out"), "files": len(sizes), "bytes": sum(sizes.values())}
+    assert all(f"{size:,} bytes  {name}" in ended.out for name, size in sizes.items())
+
+
+def test_an_exported_folder_converts_to_shards_of_bfloat16(exported, command: Callable, tmp_path):
+    ended = command(
+        export, f"--workdir={exported}", f"--output={tmp_path / 'out'}", "--dtype=bfloat16", "--shard_mb=1"
+    )
+    assert ended.status == 0, ended.err
+    shapes = build(ConfigDict(read_config(exported))).param_shapes()
+    params = load_best(exported, shapes)[0]
+    assert same(load_best(tmp_path / "out", shapes)[0], rounded(params, "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--workdir=RUN", "--output=FOLDER"]),
+        (["--dtype=float16"], ["dtype", "float32", "bfloat16"]),
+        (["--shard_mb=0"], ["shard_mb"]),
+        (["--workdir=nothing", "--output=x"], ["nothing holds no run", "python sft.py"]),
+    ],
+)
+def test_a_bad_export_is_one_sentence(command: Callable, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    ended = command(export, *arguments)
+    assert ended.status == 2, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+    assert all(word in ended.err for word in words), ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_run_is_the_run(smoke_run, exported):
+    """Config, parameters and result are those of the workdir, so that --init and sweeps take either."""
+    assert read_config(exported) == read_config(smoke_run.path)
+    assert holds_parameters(exported) and holds_parameters(smoke_run.path) and not holds_parameters(ROOT / "tests")
+    shapes = build(ConfigDict(read_config(exported))).param_shapes()
+    (ours, result), (theirs, expected) = load_best(smoke_run.path, shapes), load_best(exported, shapes)
+    assert same(jax.tree.map(np.asarray, ours), theirs) and result == expected
+    assert grpo.combine(exported, grpo_recipe()).model == grpo.combine(smoke_run.path, grpo_recipe()).model
+    entries = [{"label": "smoke", "workdir": str(exported), "grid": {}}]
+    (point,) = evaluate.points(entries, {})
+    assert point.config.name == "apr-smoke"
+
+
+def grpo_recipe() -> ConfigDict:
+    from configs import grpo as recipe
+
+    return recipe.get_config("smoke")
+
+
+def test_its_evaluation_equals_that_of_its_workdir(smoke_run, exported, command: Callable, tmp_path):
+    records = []
+    for source in (smoke_run.path, exported):
+        output = tmp_path / source.parent.name
+        ended = command(evaluate, f"--workdir={source}", f"--output={output}", "--config.mesh.data=1")
+        assert ended.status == 0, ended.err
+        (record,) = json.loads((output / "eval.json").read_text())
+        records.append({name: value for name, value in record.items() if name not in TIMED})
+    (ours, theirs) = records
+    assert ours["results"] and {n for n in ours if ours[n] != theirs[n]} == set()
+
+
+TIMED = ("seconds", "milliseconds", "results_milliseconds")
+
+
+def test_no_run_begins_in_an_exported_folder(exported, command: Callable):
+    before = contents(exported)
+    with pytest.raises(UsageError, match="holds an exported model and no run: choose another --workdir"):
+        Workdir(exported, ConfigDict(read_config(exported)))
+    ended = command(sft, "--config=configs/apr.py:smoke", "--config.mesh.data=1", f"--workdir={exported}")
+    assert ended.status == 2 and "exported model" in ended.err
+    assert contents(exported) == before
+
+
+# ------------------------------------------------------------------- against transformers
+
+
+def theirs_logits(model, rows: list[list[int]]) -> list[np.ndarray]:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return [model(torch.tensor([row])).logits[0].float().numpy() for row in rows]
+
+
+def loaded(folder: pathlib.Path):
+    """The folder as transformers loads it: every array is found and used."""
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_computes_our_logits(tmp_path, name, dtype, record_property):
+    config = SHAPES[name]
+    pytest.importorskip("transformers")
+    params = write(tmp_path / "out", config, dtype=dtype, shard_bytes=40_000)
+    model = loaded(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [1, 9]
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(0, 11, length).tolist() for length in (1, 7, 64)]
+    difference = worst(logits(rounded(params, dtype), config, rows), theirs_logits(model, rows))
+    record_property("difference", difference)
+    assert difference < 1e-4
+
+
+def test_transformers_computes_the_logits_of_the_shipped_model(tmp_path, record_property):
+    pytest.importorskip("transformers")
+    config = ConfigDict(read_config(PRETRAINED))
+    config.mesh.data = 1
+    parts = build(config)
+    params, result = load_best(PRETRAINED, parts.param_shapes())
+    ids = (parts.domain.task.end_id, parts.domain.task.spawn_id)
+    huggingface.save(tmp_path / "out", params, config.to_dict(), parts.model.config, ids, result)
+    made = [parts.domain.demonstration("heldout", 0, index) for index in range(12)]
+    rows = [row for rollout in made for thread in rollout.threads() if len(row := thread.ids()) <= 512]
+    ours, theirs = logits(params, parts.model.config, rows), theirs_logits(loaded(tmp_path / "out"), rows)
+    record_property("difference", worst(ours, theirs))
+    assert len(rows) > 12 and worst(ours, theirs) < 1e-4
+    assert all((a.argmax(-1) == b.argmax(-1)).all() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_of_transformers_is_ours(tmp_path, tied, record_property):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    model = transformers.LlamaForCausalLM(settings)
+    model.save_pretrained(tmp_path / "theirs")
+    config = llama.model_config(json.loads((tmp_path / "theirs" / "config.json").read_text()))
+    assert (config.tied, config.head_width) == (tied, 8)
+    params, _ = huggingface.load(tmp_path / "theirs", shapes_of(config))
+    rows = [np.random.default_rng(1).integers(0, 50, length).tolist() for length in (3, 64)]
+    difference = worst(logits(params, config, rows), theirs_logits(model, rows))
+    record_property("difference", difference)
+    assert difference < 1e-4
