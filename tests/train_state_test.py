@@ -264,7 +264,7 @@ class Table:
 def example() -> TokenBatch:
     """prompt 1 2, sampled 3 4, joined 5 5, sampled 6 with 4 rewound; then a segment of prompt 7 and sampled 8 9."""
     joined, other = [Call(0, [1, 2], [3, 4]), Call(3, [5, 5], [6])], [Call(0, [7], [8, 9])]
-    return lay_out([[splice(Thread((), joined)), splice(Thread((), other))]], 12)[0]
+    return lay_out([[splice(Thread((), joined)), splice(Thread((), other))]], 12)
 
 
 def test_outputs_are_those_of_the_logits_before_the_token() -> None:
