@@ -319,9 +319,9 @@ def test_metrics_are_sums_and_means_over_sampled_ids() -> None:
     batch = TokenBatch(*(field[:, 0] for field in micro))  # the same as one micro-batch
     _, metrics = gradient(micro)
     out, count = jax.device_get(model_outputs(batch)), batch.sampled.sum()
-    assert set(metrics) == {"loss", "tokens", "accuracy", "entropy", "off", "grad_norm"}
+    assert set(metrics) == {"loss", "tokens", "token_accuracy", "entropy", "off", "grad_norm"}
     assert metrics["tokens"] == count
-    assert metrics["accuracy"] == pytest.approx(out.is_argmax[batch.sampled].mean())
+    assert metrics["token_accuracy"] == pytest.approx(out.is_argmax[batch.sampled].mean())
     assert metrics["entropy"] == pytest.approx(out.entropy[batch.sampled].mean(), rel=1e-5)
     assert metrics["off"] == pytest.approx((batch.weight * (out.logp - batch.old_logp)).sum(), rel=1e-4)
 
@@ -451,7 +451,7 @@ def test_a_fixed_batch_is_learned_by_heart() -> None:
         state, metrics, _ = adam_step()(state, fixed_batch())
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(math.log(64), rel=0.15)  # at first every id is about as likely
-    assert losses[-1] < 0.05 and metrics["accuracy"] == 1.0
+    assert losses[-1] < 0.05 and metrics["token_accuracy"] == 1.0
     assert int(state.step) == 60
 
 
