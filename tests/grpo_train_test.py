@@ -198,14 +198,16 @@ def test_groups_are_rollouts_of_one_problem_and_the_cursor_moves_on():
 
 
 def collect(config: ConfigDict, right) -> tuple[grpo.Collected, int]:
-    return grpo.collect(Scripted(config, right), GrpoConfig(**config.grpo), None, 0, 0)
+    """The rollouts of a step that begins at problem 4."""
+    found, cursor = grpo.collect(Scripted(config, right), GrpoConfig(**config.grpo), None, 0, 4)
+    return found, cursor - 4
 
 
 def test_groups_without_signal_are_kept_dropped_or_replaced():
     def right(request: Request) -> bool:
         return request.index == 0 or request.problem.target % 2 == 0  # even targets: always right
 
-    even = [solver.problem(build(rl_config()).domain.family, "train", 0, i).target % 2 == 0 for i in range(16)]
+    even = [solver.problem(build(rl_config()).domain.family, "train", 0, 4 + i).target % 2 == 0 for i in range(16)]
     assert even[:4].count(True) in (1, 2, 3)
     kept, cursor = collect(rl_config(), right)
     assert (len(kept.groups), cursor) == (4, 4)

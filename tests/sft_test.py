@@ -195,7 +195,7 @@ def test_exactly_the_sampled_ids_are_trained_on_each_once(overlong):
 
 def test_some_demonstrations_here_spawn_join_and_overrun():
     """What the tests of this file see is worth testing."""
-    rollouts = [demonstrated(tiny_config(), index) for index in range(150)]
+    rollouts = [demonstrated(tiny_config(), index) for index in range(400)]
     fitting = [r for r in rollouts if records.longest_context(r.root) <= CONTEXT]
     assert 0 < len(fitting) < len(rollouts)
     assert any(len(rollout.root.spawns) > 1 for rollout in fitting)

@@ -264,7 +264,7 @@ class Table:
 def example() -> TokenBatch:
     """prompt 1 2, sampled 3 4, joined 5 5, sampled 6 with 4 rewound; then a segment of prompt 7 and sampled 8 9."""
     joined, other = [Call(0, [1, 2], [3, 4]), Call(3, [5, 5], [6])], [Call(0, [7], [8, 9])]
-    return lay_out([[splice(Thread((), joined)), splice(Thread((), other))]], 12)[0]
+    return lay_out([[splice(Thread((), joined)), splice(Thread((), other))]], 12)
 
 
 def test_outputs_are_those_of_the_logits_before_the_token() -> None:
@@ -319,9 +319,9 @@ def test_metrics_are_sums_and_means_over_sampled_ids() -> None:
     batch = TokenBatch(*(field[:, 0] for field in micro))  # the same as one micro-batch
     _, metrics = gradient(micro)
     out, count = jax.device_get(model_outputs(batch)), batch.sampled.sum()
-    assert set(metrics) == {"loss", "tokens", "accuracy", "entropy", "off", "grad_norm"}
+    assert set(metrics) == {"loss", "tokens", "token_accuracy", "entropy", "off", "grad_norm"}
     assert metrics["tokens"] == count
-    assert metrics["accuracy"] == pytest.approx(out.is_argmax[batch.sampled].mean())
+    assert metrics["token_accuracy"] == pytest.approx(out.is_argmax[batch.sampled].mean())
     assert metrics["entropy"] == pytest.approx(out.entropy[batch.sampled].mean(), rel=1e-5)
     assert metrics["off"] == pytest.approx((batch.weight * (out.logp - batch.old_logp)).sum(), rel=1e-4)
 
@@ -451,7 +451,7 @@ def test_a_fixed_batch_is_learned_by_heart() -> None:
         state, metrics, _ = adam_step()(state, fixed_batch())
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(math.log(64), rel=0.15)  # at first every id is about as likely
-    assert losses[-1] < 0.05 and metrics["accuracy"] == 1.0
+    assert losses[-1] < 0.05 and metrics["token_accuracy"] == 1.0
     assert int(state.step) == 60
 
 
