@@ -178,8 +178,8 @@ def solvable(numbers: Sequence[int], target: int) -> bool:
 class DemonstratorConfig(Checked):
     """How demonstrations are made.
 
-    The beam is drawn from `beam` (inclusive) once per problem. The children of APR draw theirs from that
-    beam .. `sub_beam_high`.
+    The beam is drawn from `beam` (inclusive) once per problem, but from `beam_low_without_budget` up if the prompt
+    states no budget. The children of APR draw theirs from that beam .. `sub_beam_high`.
     """
 
     section = "demonstrator"
@@ -190,10 +190,14 @@ class DemonstratorConfig(Checked):
     budget_fraction: Annotated[float, within(0, 1)]  # share of demonstrations that state their budget in the prompt
     token_bin: Annotated[int, at_least(1)]  # granularity of a token budget (SoS+)
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
+    beam_low_without_budget: int = 1
 
     def check(self) -> None:
         """Checks what depends on the method."""
-        require(1 <= self.beam[0] <= self.beam[1], f"beam must satisfy 1 <= low <= high, not {self.beam}")
+        least, most = self.beam
+        require(1 <= least <= most, f"beam must satisfy 1 <= low <= high, not {self.beam}")
+        low = self.beam_low_without_budget
+        require(1 <= low <= most, f"beam_low_without_budget must be from 1 to the widest beam, {most}, not {low}")
         wide = self.method != "apr" or self.sub_beam_high >= self.beam[1]
         require(wide, f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
         stated = self.budget_fraction if self.method == "sos" else 0
@@ -232,9 +236,11 @@ def demonstration(
     """
     rng = random.Random(f"demonstration {config.seed_text()} {split} {seed} {index}")
     drawn = problem(family, split, seed, index)
-    trace = demonstrate(drawn, config, rng)
+    stated = rng.random() < config.budget_fraction
+    low = config.beam[0] if stated else config.beam_low_without_budget
+    trace = demonstrate(drawn, dataclasses.replace(config, beam=(low, config.beam[1])), rng)
     children_budget = token_budget = None
-    if rng.random() < config.budget_fraction:
+    if stated:
         if config.method == "apr":
             children_budget = trace.width()
         else:

@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         problems=dict(count=3, low=1, high=20, target_low=10, target_high=50),
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
         train=dict(rows=4, micro_rows=2, eval_every=500, eval_problems=200),
-        optimizer=dict(steps=7000, learning_rate=3e-3, warmup_steps=60),
+        optimizer=dict(steps=5000, learning_rate=1.5e-3, warmup_steps=60),
         sampler=dict(rows=128, workers=2, max_gathered_slots=2048),
         evaluation=dict(problems=865),  # there are no more
     ),
@@ -139,7 +139,9 @@ def demonstrator(
     """How demonstrations are made. Every field here seeds them."""
     return dict(
         method=method,
-        beam_low=1 if preset in LARGE else 2,  # a beam of 1 hands nothing out; a small model has no time for it
+        beam_low=1,
+        # Small models: the widest beam alone, so that a demonstration holds nothing that cannot be predicted.
+        beam_low_without_budget=1 if preset in LARGE else beam_high,
         beam_high=beam_high,
         sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
         spawn_probability=spawn_probability,  # that an expanded node is judged promising

@@ -33,7 +33,14 @@ class CountdownDomain(Domain):
         self.family = ProblemRange(**config.problems)
         beam = (d.beam_low, d.beam_high)
         self.demonstrator = DemonstratorConfig(
-            d.method, beam, d.sub_beam_high, d.spawn_probability, d.budget_fraction, d.token_bin, d.order
+            d.method,
+            beam,
+            d.sub_beam_high,
+            d.spawn_probability,
+            d.budget_fraction,
+            d.token_bin,
+            d.order,
+            d.beam_low_without_budget,
         )
         self.children, self.tokens = (
             None if value == -1 else value for value in (config.budget.children, config.budget.tokens)

@@ -79,7 +79,7 @@ def fingerprint(params: typing.Any) -> str:
 
 def problem_set(problems: Sequence[typing.Any]) -> str:
     """Eight hexadecimal digits that differ where the problems or their order do."""
-    text = repr([tuple(vars(problem).values()) for problem in problems])
+    text = repr([problem if isinstance(problem, tuple) else tuple(vars(problem).values()) for problem in problems])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

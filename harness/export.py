@@ -27,7 +27,6 @@ from harness.build import build
 from harness.cli import UsageError, usage_errors
 from harness.processes import launch
 from harness.workdir import load_best, read_config
-from model import DTYPES
 
 
 def main(_: list[str]) -> None:
@@ -67,7 +66,8 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "The run to export, or an exported folder to convert.")
     flags.DEFINE_string("output", None, "The folder to write: a new or an empty one.")
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "How numbers are stored.")
+    dtypes = [kind.name for kind in huggingface.DTYPES.values()]
+    flags.DEFINE_enum("dtype", "float32", dtypes, "How numbers are stored.")
     flags.DEFINE_integer("shard_mb", None, "Largest file of arrays, in MB (default: one file).", lower_bound=1)
 
 
