@@ -54,7 +54,8 @@ def config(old: Json) -> Json:
             else:
                 new[section] = inner
     new["task"] = "countdown"
-    new["demonstrator"].setdefault("beam_low_without_budget", new["demonstrator"]["beam_low"])
+    if "demonstrator" in new:
+        new["demonstrator"].setdefault("beam_low_without_budget", new["demonstrator"]["beam_low"])
     temperature = new["model"].pop("temperature")
     new["sampler"]["temperature"] *= temperature  # the sampler's is that of the policy now
     if "grpo" in new:
