@@ -205,7 +205,8 @@ class DemonstratorConfig(Checked):
 
     def seed_text(self) -> str:
         """What seeds the demonstrations. Its words never change, or the same seed would give other demonstrations."""
-        return repr(self).replace("budget_fraction=", "condition=")
+        text = repr(self).replace("budget_fraction=", "condition=")
+        return text.replace("beam_low_without_budget=", "free_beam_low=")
 
 
 def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random) -> Trace:

@@ -114,7 +114,7 @@ class CountdownDomain(Domain):
         """One demonstration of each problem, beam by beam. `solved` is the accuracy in a context of any length."""
         entries = []
         for beam in range(self.demonstrator.beam[0], self.demonstrator.beam[1] + 1):
-            config = dataclasses.replace(self.demonstrator, beam=(beam, beam))
+            config = dataclasses.replace(self.demonstrator, beam=(beam, beam), beam_low_without_budget=beam)
             rollouts = []
             for index, problem in enumerate(problems):
                 trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))

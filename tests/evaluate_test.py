@@ -246,7 +246,8 @@ def test_the_demonstrators_share_is_its_own(scripted):
     assert all(entry["accuracy"] == entry["solved"] for entry in beams)  # all of them fit the context
     assert [entry["children"] for entry in beams] == sorted(entry["children"] for entry in beams)
     for entry in beams:
-        config = dataclasses.replace(scripted.domain.demonstrator, beam=(entry["beam"],) * 2)
+        beam = entry["beam"]
+        config = dataclasses.replace(scripted.domain.demonstrator, beam=(beam, beam), beam_low_without_budget=beam)
         traces = [solver.demonstrate(problem, config, random.Random(1000 + i)) for i, problem in enumerate(problems)]
         other = [record(problem, trace, scripted.domain.task) for problem, trace in zip(problems, traces, strict=True)]
         share = sum(rollout.grade.correct for rollout in other) / len(other)

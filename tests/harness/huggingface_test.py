@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 import evaluate
 import grpo
 import sft
+from analysis import sweep
 from harness import export, huggingface, llama
 from harness.build import build
 from harness.cli import UsageError
@@ -117,19 +118,19 @@ def test_to_llama_and_from_llama_are_inverse(config):
 
 def test_the_arrays_by_hand():
     params = make(TINY)
-    tensors = llama.to_llama(params, TINY, 0.5)
+    tensors = llama.to_llama(params, TINY)
     assert len(tensors) == 2 + 9 * TINY.layers and "lm_head.weight" not in tensors
     root = np.sqrt(24.0)
     np.testing.assert_allclose(tensors["model.embed_tokens.weight"], params["embedding"] * root, rtol=1e-6)
-    np.testing.assert_allclose(tensors["model.norm.weight"], params["final_norm"]["scale"] / (0.5 * root), rtol=1e-6)
+    np.testing.assert_allclose(tensors["model.norm.weight"], params["final_norm"]["scale"] / root, rtol=1e-6)
     query, out = params["attention_1"]["query"], params["attention_1"]["out"]
     assert tensors["model.layers.1.self_attn.q_proj.weight"][2 * 10 + 3, 5] == query[5, 2, 3]
     assert tensors["model.layers.1.self_attn.o_proj.weight"][5, 2 * 10 + 3] == out[2, 3, 5]
     assert tensors["model.layers.0.mlp.down_proj.weight"].shape == (24, 14)
     untied = SHAPES["untied"]
-    tensors = llama.to_llama(make(untied), untied, 0.5)
+    tensors = llama.to_llama(make(untied), untied)
     assert np.array_equal(tensors["lm_head.weight"], make(untied)["head"].T)
-    np.testing.assert_allclose(tensors["model.norm.weight"], make(untied)["final_norm"]["scale"] / 0.5, rtol=1e-6)
+    np.testing.assert_allclose(tensors["model.norm.weight"], make(untied)["final_norm"]["scale"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -157,16 +158,16 @@ def test_a_config_comes_back(config):
     ],
 )
 def test_a_llama_that_our_decoder_does_not_compute_is_refused(field, value):
-    tensors = llama.to_llama(make(TINY), TINY, 0.7)
+    tensors = llama.to_llama(make(TINY), TINY)
     with pytest.raises(ValueError, match={"rope_parameters": "rope_t", "num_attention_heads": "heads"}.get(field, field)):
         llama.from_llama(tensors, {**llama.llama_config(TINY), field: value})
 
 
 def test_parameters_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="head is missing"):
-        llama.to_llama(make(TINY), SHAPES["untied"], 1.0)
+        llama.to_llama(make(TINY), SHAPES["untied"])
     with pytest.raises(ValueError, match=r"embedding is \[11, 24\], not \[12, 24\]"):
-        llama.to_llama(make(TINY), dataclasses.replace(TINY, vocab_size=12), 1.0)
+        llama.to_llama(make(TINY), dataclasses.replace(TINY, vocab_size=12))
 
 
 # ------------------------------------------------------------------- folders
@@ -185,7 +186,7 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, config, dtype, shard_bytes):
 
 def test_parameters_that_are_bfloat16_already_lose_nothing(tmp_path):
     params = rounded(make(SHAPES["untied"]), "bfloat16")
-    huggingface.save(tmp_path / "out", params, RECIPE, SHAPES["untied"], 0.7, (1,), RESULT, "bfloat16", 6_000)
+    huggingface.save(tmp_path / "out", params, RECIPE, SHAPES["untied"], (1,), RESULT, "bfloat16", 6_000)
     assert same(huggingface.load(tmp_path / "out", params)[0], params)
 
 
@@ -256,7 +257,7 @@ def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
     params = make(TINY)
     params["mlp_0"]["up"][3, 4] = np.nan
     with pytest.raises(UsageError, match="mlp_0/up are not finite"):
-        huggingface.save(tmp_path / "out", params, RECIPE, TINY, 0.7, (1,), RESULT)
+        huggingface.save(tmp_path / "out", params, RECIPE, TINY, (1,), RESULT)
     assert not (tmp_path / "out").exists()
 
 
@@ -265,12 +266,11 @@ def test_a_llama_of_other_origin_is_read_without_checksums(tmp_path):
     tensors = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
     (tmp_path / "theirs").mkdir()
     safetensors.numpy.save_file(tensors, tmp_path / "theirs" / "model.safetensors")
-    config = llama.llama_config(TINY, 0.7)
+    config = llama.llama_config(TINY)
     del config["rope_parameters"]
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     back, result = huggingface.load(tmp_path / "theirs", params)
     assert result == {"step": 0}
-    back["final_norm"]["scale"] *= 0.7  # it stays folded
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), back, params)
 
 
@@ -513,7 +513,7 @@ def test_an_exported_run_is_the_run(smoke_run, exported):
     assert same(jax.tree.map(np.asarray, ours), theirs) and result == expected
     assert grpo.combine(exported, grpo_recipe()).model == grpo.combine(smoke_run.path, grpo_recipe()).model
     entries = [{"label": "smoke", "workdir": str(exported), "grid": {}}]
-    (point,) = evaluate.points(entries, {})
+    (point,) = sweep.points(entries, {})
     assert point.config.name == "apr-smoke"
 
 
