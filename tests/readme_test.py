@@ -90,8 +90,8 @@ def _short(part: str) -> str:
 def _smoke(words: str, script: str) -> str:
     """The smoke preset, in the workdir that the printed command would have used: later commands name it."""
     if "--config=examples/" in words:  # a recipe without presets: a few updates
-        steps = "optimizer.steps=10" if script == "sft" else "grpo.steps=1"
-        return f"{words} --config.{steps} --config.train.eval_every={steps.rpartition('=')[2]}"
+        steps = ("optimizer.steps=10", "optimizer.warmup_steps=5", "train.eval_every=10")
+        return " ".join([words, *(f"--config.{x}" for x in (steps if script == "sft" else ("grpo.steps=1",)))])
     recipe = re.search(r"--config=(configs/(\w+)\.py)(?::(\w+))?", words)
     path, name, preset = recipe.groups() if recipe else (f"configs/{'apr' if script == 'sft' else 'grpo'}.py", "", "")
     words = words.replace(recipe[0], "") if recipe else words
@@ -128,11 +128,11 @@ def _smoke(words: str, script: str) -> str:
         ("python grpo.py --init=runs/sosp", "PY grpo.py --init=runs/sosp --config=configs/grpo.py:smoke"),
         (
             "python sft.py --config=examples/products.py",
-            "PY sft.py --config=examples/products.py --config.optimizer.steps=10 --config.train.eval_every=10",
+            "PY sft.py --config=examples/products.py --config.optimizer.steps=10 --config.optimizer.warmup_steps=5 --config.train.eval_every=10",
         ),
         (
             "python grpo.py --config=examples/products.py:grpo --init=runs/products",
-            "PY grpo.py --config=examples/products.py:grpo --init=runs/products --config.grpo.steps=1 --config.train.eval_every=1",
+            "PY grpo.py --config=examples/products.py:grpo --init=runs/products --config.grpo.steps=1",
         ),
         ("python evaluate.py", "PY evaluate.py --config.evaluation.problems=16"),
         ("python evaluate.py --numbers=7,2,19 --target=31", "PY evaluate.py --numbers=7,2,19 --target=31"),
