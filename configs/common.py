@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": dict(
         problems=dict(count=3, low=1, high=9, target_low=10, target_high=20),
         model=dict(width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64, context=512),
-        train=dict(rows=4, micro_rows=2, eval_every=10, eval_problems=8),
+        train=dict(rows=4, micro_rows=2, log_every=1, eval_every=10, eval_problems=8),
         optimizer=dict(steps=20, learning_rate=3e-3, warmup_steps=5),
         sampler=dict(rows=16, workers=2, max_gathered_slots=8192),
         evaluation=dict(problems=16),
@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "desktop": dict(
         problems=dict(count=4, low=1, high=12, target_low=10, target_high=24),
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=1024),
-        train=dict(rows=4, micro_rows=2, eval_every=1500, eval_problems=200),
+        train=dict(rows=4, micro_rows=2, log_every=60, eval_every=1500, eval_problems=200),
         optimizer=dict(steps=6000, learning_rate=1.5e-3, warmup_steps=100),
         sampler=dict(rows=128, workers=2, max_gathered_slots=2048),
         evaluation=dict(problems=1000),
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": dict(
         problems=dict(count=4, low=1, high=99, target_low=10, target_high=100),
         model=dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1376, context=2048),
-        train=dict(rows=64, micro_rows=64, eval_every=1000, eval_problems=500),
+        train=dict(rows=64, micro_rows=64, log_every=80, eval_every=1000, eval_problems=500),
         optimizer=dict(steps=8000, learning_rate=1e-3, warmup_steps=400),
         sampler=dict(rows=512, workers=1, max_gathered_slots=512 * 2048),
         evaluation=dict(problems=1000),
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": dict(
         problems=dict(count=4, low=1, high=99, target_low=10, target_high=100),
         model=dict(width=1024, layers=18, heads=16, kv_heads=16, head_width=64, mlp_width=2752, context=4096),
-        train=dict(rows=1024, micro_rows=8, eval_every=1000, eval_problems=1000),
+        train=dict(rows=1024, micro_rows=8, log_every=190, eval_every=1000, eval_problems=1000),
         optimizer=dict(steps=19_000, learning_rate=5e-5, warmup_steps=1000),
         sampler=dict(rows=256, workers=1, max_gathered_slots=256 * 4096),
         evaluation=dict(problems=1000),
@@ -105,10 +105,9 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             dtype="bfloat16" if preset in LARGE else "float32",
         ),
         train=dict(
+            **p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
             overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
-            log_every=max(1, p["optimizer"]["steps"] // 100),
-        )
-        | p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
+        ),
         optimizer=dict(
             **p["optimizer"],
             matrices="adam" if preset == "paper" else "muon",  # the rest always uses Adam

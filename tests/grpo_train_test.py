@@ -336,9 +336,9 @@ def test_presets_do_not_share_a_start_or_a_name(tmp_path, monkeypatch):
 
 
 def test_the_shipped_run_evaluates_and_goes_on_on_any_number_of_devices():
-    """Rows per forward pass are those of one device; with eight, the supervised batch of 8 rows is not needed."""
+    """Rows per forward pass are those of one device; with eight, the supervised batch of 4 rows is not needed."""
     stored = ConfigDict(read_config(PRETRAINED))
-    assert jax.device_count() == 8 and stored.train.rows == 8 and stored.train.micro_rows == 2
+    assert jax.device_count() == 8 and stored.train.rows == 4 and stored.train.micro_rows == 2
     assert build(stored).devices == 8
     assert build(grpo.combine(PRETRAINED, recipe.get_config("laptop"))).devices == 8
 

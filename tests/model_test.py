@@ -235,7 +235,7 @@ def test_token_logprobs_by_hand():
 
 
 def test_paper_shape_has_228_million_parameters_beside_the_embedding():
-    config = ModelConfig(600, 1024, 18, 16, 16, 64, 2752, 4096, 10000.0, True, 1.0, "bfloat16")
+    config = ModelConfig(600, 1024, 18, 16, 16, 64, 2752, 4096, 10000.0, True, "bfloat16")
     one = jnp.zeros((1, 1), int)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), one, one, one)["params"]
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(leaves)) for name, leaves in params.items()}

@@ -104,7 +104,7 @@ def test_a_parent_is_rewound_to_before_its_spawn_and_extended_by_the_join() -> N
         [((0, 0), [("c:", "1.", records.END)]), ((0, 1), [("d:", "22.", records.END)])]
     ]
     first, *_, last = engine.fills  # the parent kept its row and its cache: only the join block is new to it
-    assert (last.row, last.keep, text(last.ids), last.drawn) == (first.row, len("p:ab"), "[1,22]", len("ab<c|d>"))
+    assert (last.row, last.keep, text(last.ids), last.num_sampled) == (first.row, len("p:ab"), "[1,22]", len("ab<c|d>"))
     assert runtime.evictions == 0
 
 

@@ -17,7 +17,7 @@ OLD = {
     "model": {"width": 8, "temperature": 0.5},
     "train": {"log_every": 40, "eval_every": 1000},
     "prompt": {"sub_calls": 5, "tokens": -1},
-    "demonstrator": {"method": "apr", "condition": 0.5},
+    "demonstrator": {"method": "apr", "condition": 0.5, "beam_low": 1},
     "threads": {"join": "path", "inherit": False},
     "limits": {"children": 16, "answer_tokens": 0, "extensions": 2},
     "sampler": {"rows": 8, "lanes": 2, "burst": 32, "bucket": 64, "view": 2048, "temperature": 1.0},
@@ -29,7 +29,7 @@ NEW = {
     "model": {"width": 8},
     "train": {"log_every": 1, "eval_every": 25},
     "budget": {"children": 5, "tokens": -1},
-    "demonstrator": {"method": "apr", "budget_fraction": 0.5},
+    "demonstrator": {"method": "apr", "budget_fraction": 0.5, "beam_low": 1, "beam_low_without_budget": 1},
     "threads": {"child_returns": "path", "inherit_context": False},
     "limits": {"children": 16, "forced_answer_tokens": 0, "min_budget_rounds": 2},
     "sampler": {
