@@ -99,7 +99,7 @@ def timeline(s: Spawned) -> Figure:
     bar(axes, 0, 0, s.listed, LISTED, f"lists {len(s.children)} subproblems")
     bar(axes, s.listed, 0, s.spawn, SPAWN, "spawn()")
     axes.plot([s.start, end], [0, 0], color=GREY, linewidth=1, linestyle=":")
-    axes.text(s.start + s.slowest / 2, 0.16, "waits, KV cache kept", ha="center", va="top", fontsize=8, color=GREY)
+    axes.text(s.start + s.slowest / 2, 0.16, "waits", ha="center", va="top", fontsize=8, color=GREY)
     bar(axes, end, 0, s.rest, REST, "reads results, answers")
     for number, (_, sampled) in enumerate(s.children):
         slowest = sampled == s.slowest
