@@ -175,7 +175,7 @@ def test_a_block_runs(block: Block, copy: Copy, environment: dict[str, str]):
     script = "\n".join(lines)
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # At smoke size `grpo.py` takes one name, whatever run it starts from.
-    shutil.rmtree(copy / "runs" / "grpo-apr-smoke", ignore_errors=True)
+    shutil.rmtree(copy.path / "runs" / "grpo-apr-smoke", ignore_errors=True)
     ended = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=copy.path,
@@ -203,8 +203,8 @@ def load_recipe(argument: str) -> typing.Any:
 
 def stored(run: str) -> dict[str, typing.Any]:
     """The config of a run: a shipped one, else of the shipped checkpoint."""
-    shipped = ROOT / "pretrained" / pathlib.PurePath(run).name
-    return read_config(shipped if shipped.is_dir() else ROOT / "pretrained" / "apr")
+    name = pathlib.PurePath(run).name
+    return read_config(ROOT / "pretrained" / (name if name and (ROOT / "pretrained" / name).is_dir() else "apr"))
 
 
 def has(config: typing.Any, field: str) -> bool:
