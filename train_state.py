@@ -183,7 +183,7 @@ def new_state(optimizer: optax.GradientTransformation, params: typing.Any) -> Tr
 
 
 def state_from_params(optimizer: optax.GradientTransformation, mesh: Mesh, params: typing.Any) -> TrainState:
-    """The same on a mesh, from host arrays: how GRPO starts from SFT, and SFT from another run."""
+    """A state at step 0 on a mesh, from host arrays: how GRPO starts from SFT, and SFT from another run."""
     shardings = state_shardings(mesh, optimizer, params)
     return jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings)(params)
 

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-BEAMS = {  # parents draw their beam from 1..beam_high, children theirs from the parent's beam..sub_beam_high
+# Parents that state a budget draw their beam from 1..beam_high; of small presets the others always take beam_high.
+# Children draw theirs from the parent's beam..sub_beam_high.
+BEAMS = {
     "smoke": dict(beam_high=3, sub_beam_high=8),
     "laptop": dict(beam_high=5, sub_beam_high=8),
     "desktop": dict(beam_high=5, sub_beam_high=8),

@@ -11,5 +11,5 @@ from configs import common
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
-    """Beam 1..5 for breadth-first traces; nothing is ever spawned."""
+    """Breadth-first traces have beam 1..5, of small presets always 5. Nothing is ever spawned."""
     return common.recipe("sos", preset, beam_high=5, sub_beam_high=5, spawn_probability=0.0)

@@ -11,5 +11,5 @@ from configs import common
 
 
 def get_config(preset: str = "laptop") -> ConfigDict:
-    """Beam 1..5 as in the paper; half of the expanded nodes are searched in place."""
+    """Beam 1..5 as in the paper (5 alone without a budget, small presets); half of the nodes are searched in place."""
     return common.recipe("sosp", preset, beam_high=5, sub_beam_high=5, spawn_probability=0.5)

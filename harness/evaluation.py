@@ -61,7 +61,7 @@ def budget(parts: Parts) -> str:
 
 
 def adherence(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, typing.Any] | None:
-    """How the rollouts adherence to their budget; None if they had none."""
+    """How the rollouts adhere to their budget; None if they had none."""
     limits, stated = parts.limits, parts.domain.usage(rollouts)
     if stated:
         return stats.adherence(*stated)
@@ -78,7 +78,7 @@ def fingerprint(params: typing.Any) -> str:
 
 
 def problem_set(problems: Sequence[typing.Any]) -> str:
-    """Eight hexadecimal digits that differ where the problems or their order do."""
+    """Eight hexadecimal digits that differ where the problems (tuples or dataclasses) or their order do."""
     text = repr([problem if isinstance(problem, tuple) else tuple(vars(problem).values()) for problem in problems])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
