@@ -83,11 +83,6 @@ class Burst(typing.NamedTuple):
 # ------------------------------------------------------------------- the draw
 
 
-def policy_logprobs(logits_BV: Array, temperature: float) -> Array:
-    """Log-probs [B, V] of the policy: the model's distribution at a temperature (at 0 the model's own)."""
-    return jax.nn.log_softmax(logits_BV / (temperature or 1.0))
-
-
 def adjusted_logprobs(logits_BV: Array, config: SamplerConfig) -> Array:
     """Log-probs [B, V] of the distribution sampled from: the policy's top-k, and of those top-p. Ties stay in.
 
@@ -113,7 +108,7 @@ def sample(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConf
     `key` is uint32 [B, 2], `number` the count of ids that the thread of the row has sampled before. The id is
     looked up in the cumulative distribution: one random number per row, where `jax.random.categorical` needs V.
     """
-    logp_BV = policy_logprobs(logits_BV, config.temperature)
+    logp_BV = jax.nn.log_softmax(logits_BV / (config.temperature or 1.0))  # greedy: the model's own
     if config.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return ids_B, _pick(logp_BV, ids_B)

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
 
@@ -150,13 +150,7 @@ def _call_alone(thread: Thread, number: int) -> Thread:
     return Thread(thread.path, [Call(0, before[: call.keep] + call.injected, call.sampled, call.logprobs)])
 
 
-class Sized(typing.Protocol):
-    """Anything with a length in tokens."""
-
-    def __len__(self) -> int: ...
-
-
-Piece = typing.TypeVar("Piece", bound=Sized)
+Piece = typing.TypeVar("Piece", bound=Sized)  # its length is in tokens
 
 
 def take_row(waiting: list[Piece], length: int) -> list[Piece]:

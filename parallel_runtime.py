@@ -35,23 +35,10 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
+import records
 from checks import Checked, at_least
 from protocols import Completion, Engine, ForcedTask, MalformedSpawn, PrefillRequest, Request, Task
-from records import (
-    CHILDREN,
-    CONTEXT,
-    DEPTH,
-    END,
-    MALFORMED,
-    ROLLOUT_TOKENS,
-    SPAWN,
-    SPAWNS,
-    THREAD_TOKENS,
-    Call,
-    Rollout,
-    Thread,
-    total_tokens,
-)
+from records import Call, Rollout, Thread, total_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +114,9 @@ class Runtime:
         """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
         return run_on_workers([self], requests, seed)
 
-    def start(self, requests: Sequence[Request], seed: Sequence[int]) -> Run:
-        """A run of these requests that has not decoded yet. Raises ValueError if a prompt fills the context."""
-        return Run(self, requests, seed)
-
     def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
-        """Yields (number of the request, rollout) as rollouts finish."""
-        return self.start(requests, seed).rollouts()
+        """Yields (number of the request, rollout) as rollouts finish. Raises ValueError if a prompt is too long."""
+        return Run(self, requests, seed).rollouts()
 
 
 class Run:
@@ -198,9 +181,9 @@ class Run:
     def _room(self, live: _Live) -> tuple[int, str]:
         """How many ids the thread may sample now, and the bound that says so."""
         return min(
-            (self.engine.context - len(live.thread.ids()), CONTEXT),
-            (self.limits.thread_tokens + live.forced_answer_tokens - live.sampled(), THREAD_TOKENS),
-            (live.allowance - total_tokens(live.thread), ROLLOUT_TOKENS),
+            (self.engine.context - len(live.thread.ids()), records.CONTEXT),
+            (self.limits.thread_tokens + live.forced_answer_tokens - live.sampled(), records.THREAD_TOKENS),
+            (live.allowance - total_tokens(live.thread), records.ROLLOUT_TOKENS),
             key=lambda bound: bound[0],
         )
 
@@ -235,7 +218,7 @@ class Run:
         call.sampled, call.logprobs = stopped.ids, stopped.logprobs
         live.cached = len(live.thread.ids())
         if stopped.ids[-1] == self.task.end_id:
-            self._end(live, END)
+            self._end(live, records.END)
         elif stopped.ids[-1] == self.task.spawn_id:
             self._spawn(live)
         else:
@@ -245,17 +228,17 @@ class Run:
         """Starts the children a thread asked for, or ends it with the bound or fault that forbids them."""
         thread, limits = live.thread, self.limits
         if len(thread.path) // 2 >= limits.depth:
-            return self._end(live, DEPTH)
+            return self._end(live, records.DEPTH)
         if len(thread.spawns) >= limits.spawns:
-            return self._end(live, SPAWNS)
+            return self._end(live, records.SPAWNS)
         try:
             spawn = self.task.spawn(thread.ids())
         except MalformedSpawn as fault:
             thread.detail = str(fault)
-            return self._end(live, MALFORMED)
+            return self._end(live, records.MALFORMED)
         if len(spawn.prompts) > limits.children:
-            return self._end(live, CHILDREN)
-        self._call_stopped(thread, SPAWN)
+            return self._end(live, records.CHILDREN)
+        self._call_stopped(thread, records.SPAWN)
         live.rewind, live.pending = spawn.start, len(spawn.prompts)
         allowance = (live.allowance - total_tokens(thread)) // len(spawn.prompts)
         children = [
@@ -297,10 +280,11 @@ class Run:
     def _forced(self, live: _Live) -> tuple[int, list[int]] | None:
         """How a root that has stopped goes on by budget forcing; None if it does not."""
         ids, task = live.thread.ids(), typing.cast(ForcedTask, self.task)
-        if live.thread.stop == THREAD_TOKENS and self.limits.forced_answer_tokens and not live.forced_answer_tokens:
+        cut = live.thread.stop == records.THREAD_TOKENS
+        if cut and self.limits.forced_answer_tokens and not live.forced_answer_tokens:
             live.forced_answer_tokens = self.limits.forced_answer_tokens
             return task.force_answer(self.requests[live.number].problem, ids)
-        if live.thread.stop == END and live.extended < self.limits.min_budget_rounds:
+        if live.thread.stop == records.END and live.extended < self.limits.min_budget_rounds:
             live.extended += 1
             return task.force_continue(ids)
         return None

@@ -143,15 +143,11 @@ class Sampler:
         device = self.counters["prefill_seconds"]
         for fill in fills:
             self._check(fill)
-            row = self._rows[fill.row]
-            row.ids = row.ids[: fill.keep] + fill.ids
-            row.cached = min(row.cached, fill.keep)
-            row.max_new_tokens, row.key, row.num_sampled = (
-                min(fill.max_new_tokens, self.context - len(row.ids)),
-                fill.key,
-                fill.num_sampled,
-            )
-            row.drew = Completion(fill.row, [], [])
+            ids = self._rows[fill.row].ids[: fill.keep] + fill.ids
+            cached = min(self._rows[fill.row].cached, fill.keep)
+            limit = min(fill.max_new_tokens, self.context - len(ids))
+            drew = Completion(fill.row, [], [])
+            self._rows[fill.row] = _Row(ids, cached, limit, fill.key, fill.num_sampled, drew)
         while waiting := [fill.row for fill in fills if self._uncached(fill.row)]:
             self._feed(*self._group(waiting))
         self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)

@@ -30,7 +30,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from absl import flags
 
@@ -39,9 +39,9 @@ from countdown.grader import MAX_NUMBERS, MAX_VALUE, Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
 from countdown.task import METHODS, Countdown, record, root_prompt
+from harness.cli import launch, usage_errors
 from records import Rollout, stored
 
-Split = Literal["train", "validation", "heldout"]
 ORDERS = ("fixed", "random")
 MAX_ENUMERATED_SETS = 3000  # families with at most this many sets of numbers are listed whole
 
@@ -66,9 +66,10 @@ class ProblemRange(Checked):
             require(ordered, f"range of {name} must satisfy 1 <= low <= high <= {MAX_VALUE}, not {low}..{high}")
 
 
-def split_of(numbers: Sequence[int], target: int) -> Split:
+def split_of(numbers: Sequence[int], target: int) -> str:
     """The split of a problem, by a stable hash of sorted numbers and target, whatever the seed.
 
+    It is "train", "validation" or "heldout".
     One in ten is held out for tests, one in ten chooses checkpoints (validation), the rest is trained on.
     """
     key = f"{sorted(numbers)} {target}".encode()
@@ -77,7 +78,7 @@ def split_of(numbers: Sequence[int], target: int) -> Split:
 
 
 @functools.lru_cache(maxsize=8)
-def _listing(family: ProblemRange, split: Split) -> tuple[Problem, ...] | None:
+def _listing(family: ProblemRange, split: str) -> tuple[Problem, ...] | None:
     """Every solvable problem of a split (sorted numbers), or None if the family is too large to list."""
     pool = range(family.low, family.high + 1)
     if math.comb(len(pool) + family.count - 1, family.count) > MAX_ENUMERATED_SETS:
@@ -90,7 +91,7 @@ def _listing(family: ProblemRange, split: Split) -> tuple[Problem, ...] | None:
     )
 
 
-def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Problem:
+def problem(family: ProblemRange, split: str, seed: int, index: int) -> Problem:
     """Solvable problem number `index` of a split: the same in every process; splits never share one.
 
     Raises ValueError if the split has no solvable problem (for families too large
@@ -112,7 +113,7 @@ def problem(family: ProblemRange, split: Split, seed: int, index: int) -> Proble
 
 
 @functools.lru_cache(maxsize=8)
-def problems_of(family: ProblemRange, split: Split, n: int) -> tuple[Problem, ...]:
+def problems_of(family: ProblemRange, split: str, n: int) -> tuple[Problem, ...]:
     """`n` problems of a split, always the same, distinct as sorted numbers and target.
 
     Raises ValueError saying how many exist if there are fewer.
@@ -178,13 +179,14 @@ def solvable(numbers: Sequence[int], target: int) -> bool:
 class DemonstratorConfig(Checked):
     """How demonstrations are made.
 
-    The beam is drawn from `beam` (inclusive) once per problem, but from `beam_low_without_budget` up if the prompt
-    states no budget. The children of APR draw theirs from that beam .. `sub_beam_high`.
+    The beam is drawn from `beam_low`..`beam_high` once per problem, but from `beam_low_without_budget` up if the
+    prompt states no budget. The children of APR draw theirs from that beam .. `sub_beam_high`.
     """
 
     section = "demonstrator"
     method: Annotated[str, one_of(*METHODS)]
-    beam: tuple[int, int]
+    beam_low: int
+    beam_high: int
     sub_beam_high: int
     spawn_probability: Annotated[float, within(0, 1)]  # of the coin of SoS+ and APR
     budget_fraction: Annotated[float, within(0, 1)]  # share of demonstrations that state their budget in the prompt
@@ -194,25 +196,29 @@ class DemonstratorConfig(Checked):
 
     def check(self) -> None:
         """Checks what depends on the method."""
-        least, most = self.beam
-        require(1 <= least <= most, f"beam must satisfy 1 <= low <= high, not {self.beam}")
+        least, most = self.beam_low, self.beam_high
+        require(1 <= least <= most, f"beam must satisfy 1 <= low <= high, not {(least, most)}")
         low = self.beam_low_without_budget
         require(1 <= low <= most, f"beam_low_without_budget must be from 1 to the widest beam, {most}, not {low}")
-        wide = self.method != "apr" or self.sub_beam_high >= self.beam[1]
-        require(wide, f"sub_beam_high must be at least the beam, {self.beam[1]}, not {self.sub_beam_high}")
+        wide = self.method != "apr" or self.sub_beam_high >= most
+        require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
         stated = self.budget_fraction if self.method == "sos" else 0
         require(not stated, f"SoS has no budget to condition on: budget_fraction must be 0, not {stated}")
 
     def seed_text(self) -> str:
         """What seeds the demonstrations. Its words never change, or the same seed would give other demonstrations."""
-        text = repr(self).replace("budget_fraction=", "condition=")
-        return text.replace("beam_low_without_budget=", "free_beam_low=")
+        return (
+            f"DemonstratorConfig(method={self.method!r}, beam={(self.beam_low, self.beam_high)}, "
+            f"sub_beam_high={self.sub_beam_high}, spawn_probability={self.spawn_probability}, "
+            f"condition={self.budget_fraction}, token_bin={self.token_bin}, order={self.order!r}, "
+            f"free_beam_low={self.beam_low_without_budget})"
+        )
 
 
 def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random) -> Trace:
     """One demonstration as text; every choice comes from `rng`."""
     target, root = problem.target, Node("0", list(problem.numbers), "", 0, "", None)
-    beam = rng.randint(*config.beam)
+    beam = rng.randint(config.beam_low, config.beam_high)
     search: Search
     if config.method == "sos":
         strategy = rng.choice((DepthFirst, BreadthFirst))
@@ -229,7 +235,7 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
 
 
 def demonstration(
-    family: ProblemRange, config: DemonstratorConfig, task: Countdown, split: Split, seed: int, index: int
+    family: ProblemRange, config: DemonstratorConfig, task: Countdown, split: str, seed: int, index: int
 ) -> Rollout:
     """Demonstration number `index`, recorded as threads of `task` that may state their budget.
 
@@ -238,8 +244,8 @@ def demonstration(
     rng = random.Random(f"demonstration {config.seed_text()} {split} {seed} {index}")
     drawn = problem(family, split, seed, index)
     stated = rng.random() < config.budget_fraction
-    low = config.beam[0] if stated else config.beam_low_without_budget
-    trace = demonstrate(drawn, dataclasses.replace(config, beam=(low, config.beam[1])), rng)
+    low = config.beam_low if stated else config.beam_low_without_budget
+    trace = demonstrate(drawn, dataclasses.replace(config, beam_low=low), rng)
     children_budget = token_budget = None
     if stated:
         if config.method == "apr":
@@ -255,25 +261,23 @@ def demonstration(
 NUMBER_LIMIT = 10  # of the tokenizer here: digit by digit
 
 
-def _define_flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_list("numbers", None, "The numbers, separated by commas.", flag_values=values)
-    flags.DEFINE_integer("target", None, "The target.", flag_values=values)
-    flags.DEFINE_enum("method", "apr", METHODS, "The demonstrator.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Seed of the demonstrator's choices.", flag_values=values)
-    flags.DEFINE_bool("json", False, "Print a trace file (the record) instead of the text.", flag_values=values)
-    flags.DEFINE_string("grade", None, "Judge this path instead: exit status 0 if it is right.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
-    return values
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_list("numbers", None, "The numbers, separated by commas.")
+    flags.DEFINE_integer("target", None, "The target.")
+    flags.DEFINE_enum("method", "apr", METHODS, "The demonstrator.")
+    flags.DEFINE_integer("seed", 0, "Seed of the demonstrator's choices.")
+    flags.DEFINE_bool("json", False, "Print a trace file (the record) instead of the text.")
+    flags.DEFINE_string("grade", None, "Judge this path instead: exit status 0 if it is right, 1 if it is wrong.")
 
 
-def _problem_of(values: flags.FlagValues) -> Problem:
-    if not values.numbers or values.target is None:
+def _problem_of(numbers: Sequence[str] | None, target: int | None) -> Problem:
+    if not numbers or target is None:
         raise ValueError("--numbers and --target are needed, e.g. --numbers=22,26,31,53 --target=27")
-    for number in values.numbers:
+    for number in numbers:
         if not re.fullmatch("[0-9]{1,10}", number):
             raise ValueError(f"--numbers must be positive integers separated by commas, not {number!r}")
-    return Problem(tuple(int(number) for number in values.numbers), values.target)
+    return Problem(tuple(int(number) for number in numbers), target)
 
 
 def _show(rollout: Rollout, tokenizer: Tokenizer) -> None:
@@ -287,35 +291,26 @@ def _show(rollout: Rollout, tokenizer: Tokenizer) -> None:
     print(rollout.grade.reason or ", ".join(rollout.grade.answer))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints a demonstration or judges a path; returns the exit status (1: a wrong path, 2: bad input)."""
-    values = _define_flags()
-    try:
-        if unexpected := values(list(arguments))[1:]:
-            raise ValueError(f"unexpected argument {unexpected[0]!r}")
-        if values.help:
-            print(f"{__doc__}\n{values.get_help()}")
-            return 0
-        problem = _problem_of(values)
-    except (flags.Error, ValueError) as error:
-        print(f"solver.py: {error}", file=sys.stderr)
-        return 2
-    if values.grade is not None:
-        grade = grade_path(problem, values.grade)
+def main(_: list[str]) -> None:
+    """Prints a demonstration, or judges a path and exits with status 1 if it is wrong."""
+    args = flags.FLAGS
+    with usage_errors():
+        problem = _problem_of(args.numbers, args.target)
+    if args.grade is not None:
+        grade = grade_path(problem, args.grade)
         print("correct" if grade.correct else grade.reason)
-        return 0 if grade.correct else 1
+        sys.exit(0 if grade.correct else 1)
     tokenizer = Tokenizer(NUMBER_LIMIT)
-    beam, coin = ((1, 10), 0.9) if values.method == "apr" else ((1, 5), 0.5)  # the paper's
-    config = DemonstratorConfig(values.method, beam, 15, coin, budget_fraction=0, token_bin=512)
-    trace = demonstrate(problem, config, random.Random(values.seed))
-    rollout = record(problem, trace, Countdown(tokenizer, values.method))
-    if values.json:
-        facts = {"method": values.method, "number_limit": NUMBER_LIMIT}
+    beam_high, coin = (10, 0.9) if args.method == "apr" else (5, 0.5)  # the paper's
+    config = DemonstratorConfig(args.method, 1, beam_high, 15, coin, budget_fraction=0, token_bin=512)
+    trace = demonstrate(problem, config, random.Random(args.seed))
+    rollout = record(problem, trace, Countdown(tokenizer, args.method))
+    if args.json:
+        facts = {"method": args.method, "number_limit": NUMBER_LIMIT}
         print(json.dumps(stored("countdown", facts, rollout)))
     else:
         _show(rollout, tokenizer)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    launch(define_flags, main)

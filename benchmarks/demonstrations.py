@@ -23,9 +23,9 @@ from countdown.task import Countdown
 
 FAMILY = solver.ProblemRange(count=4, low=1, high=99, target_low=10, target_high=100)
 CONFIGS = {
-    "apr": solver.DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0, token_bin=512),
-    "sosp": solver.DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0, token_bin=512),
-    "sos": solver.DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512),
+    "apr": solver.DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0, token_bin=512),
+    "sosp": solver.DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0, token_bin=512),
+    "sos": solver.DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512),
 }
 
 

@@ -17,7 +17,7 @@ from countdown.language import Tokenizer
 from countdown.task import Countdown, record
 from protocols import Domain
 from records import Rollout, longest_context, mean_costs
-from solver import DemonstratorConfig, ProblemRange, Split
+from solver import DemonstratorConfig, ProblemRange
 
 
 class CountdownDomain(Domain):
@@ -28,40 +28,28 @@ class CountdownDomain(Domain):
     task: Countdown
 
     def __init__(self, config: ConfigDict) -> None:
-        d = config.demonstrator
         self.language = Tokenizer(config.number_limit)
         self.family = ProblemRange(**config.problems)
-        beam = (d.beam_low, d.beam_high)
-        self.demonstrator = DemonstratorConfig(
-            d.method,
-            beam,
-            d.sub_beam_high,
-            d.spawn_probability,
-            d.budget_fraction,
-            d.token_bin,
-            d.order,
-            d.beam_low_without_budget,
-        )
+        self.demonstrator = DemonstratorConfig(**config.demonstrator)
         self.children, self.tokens = (
             None if value == -1 else value for value in (config.budget.children, config.budget.tokens)
         )
         both = self.children is not None and self.tokens is not None
         require(not both, f"budget.children={self.children} and budget.tokens={self.tokens}: ask for one")
-        self.demo_task = Countdown(self.language, d.method, **config.threads)
+        self.demo_task = Countdown(self.language, self.demonstrator.method, **config.threads)
         self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
         """Problem number `index` of a split."""
-        return solver.problem(self.family, typing.cast(Split, split), seed, index)
+        return solver.problem(self.family, split, seed, index)
 
     def problems(self, split: str, n: int) -> Sequence[Problem]:
         """`n` distinct problems of a split."""
-        return solver.problems_of(self.family, typing.cast(Split, split), n)
+        return solver.problems_of(self.family, split, n)
 
     def demonstration(self, split: str, seed: int, index: int) -> Rollout:
         """Demonstration number `index` of a split."""
-        where = typing.cast(Split, split)
-        return solver.demonstration(self.family, self.demonstrator, self.demo_task, where, seed, index)
+        return solver.demonstration(self.family, self.demonstrator, self.demo_task, split, seed, index)
 
     @staticmethod
     def to_json(problem: Problem) -> dict[str, typing.Any]:
@@ -113,8 +101,9 @@ class CountdownDomain(Domain):
     def demonstrators(self, problems: Sequence[Problem], context: int) -> list[dict[str, float]]:
         """One demonstration of each problem, beam by beam. `solved` is the accuracy in a context of any length."""
         entries = []
-        for beam in range(self.demonstrator.beam[0], self.demonstrator.beam[1] + 1):
-            config = dataclasses.replace(self.demonstrator, beam=(beam, beam), beam_low_without_budget=beam)
+        for beam in range(self.demonstrator.beam_low, self.demonstrator.beam_high + 1):
+            width = {"beam_low": beam, "beam_high": beam, "beam_low_without_budget": beam}
+            config = dataclasses.replace(self.demonstrator, **width)
             rollouts = []
             for index, problem in enumerate(problems):
                 trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))

@@ -241,13 +241,13 @@ def test_the_demonstrators_share_is_its_own(scripted):
     problems = scripted.test_set() * 25
     beams = scripted.domain.demonstrators(problems, 512)
     assert beams == scripted.domain.demonstrators(problems, 512)
-    low, high = scripted.domain.demonstrator.beam
+    low, high = scripted.domain.demonstrator.beam_low, scripted.domain.demonstrator.beam_high
     assert [entry["beam"] for entry in beams] == [*range(low, high + 1)]
     assert all(entry["accuracy"] == entry["solved"] for entry in beams)  # all of them fit the context
     assert [entry["children"] for entry in beams] == sorted(entry["children"] for entry in beams)
     for entry in beams:
         beam = entry["beam"]
-        config = dataclasses.replace(scripted.domain.demonstrator, beam=(beam, beam), beam_low_without_budget=beam)
+        config = dataclasses.replace(scripted.domain.demonstrator, beam_low=beam, beam_high=beam, beam_low_without_budget=beam)
         traces = [solver.demonstrate(problem, config, random.Random(1000 + i)) for i, problem in enumerate(problems)]
         other = [record(problem, trace, scripted.domain.task) for problem, trace in zip(problems, traces, strict=True)]
         share = sum(rollout.grade.correct for rollout in other) / len(other)

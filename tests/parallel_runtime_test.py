@@ -10,7 +10,7 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -31,9 +31,9 @@ class Watched(Runtime):
 
     last: Run
 
-    def start(self, requests: Sequence[Request], seed: Sequence[int]) -> Run:
-        self.last = super().start(requests, seed)
-        return self.last
+    def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
+        self.last = Run(self, requests, seed)
+        return self.last.rollouts()
 
 
 def by_context(told: dict[str, str]) -> Script:

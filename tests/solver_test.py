@@ -21,13 +21,14 @@ from countdown.task import Countdown
 from protocols import MalformedSpawn
 from records import CONTEXT, END, SPAWN, Call, Thread
 from solver import DemonstratorConfig, ProblemRange, demonstrate, problem
+from tests.conftest import Ended
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAPER = ProblemRange(4, 1, 99, 10, 100)
 LAPTOP = ProblemRange(3, 1, 20, 10, 50)
-APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0, token_bin=512)
-SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0, token_bin=512)
-SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512)
+APR = DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0, token_bin=512)
+SOSP = DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0, token_bin=512)
+SOS = DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512)
 CONFIGS = {"apr": APR, "sosp": SOSP, "sos": SOS}
 TOKENIZER = Tokenizer(100)
 
@@ -166,7 +167,7 @@ def test_expand_makes_every_legal_child_in_order_and_best_first_sorts_them(name)
 
 def test_a_fixed_order_lists_the_same_children_in_order_of_generation_and_spawns_them_so():
     """The beam of 5 keeps the same five children whatever the order; only their order, and so their ids, differ."""
-    fixed = dataclasses.replace(APR, beam=(5, 5), spawn_probability=1.0, order="fixed")
+    fixed = dataclasses.replace(APR, beam_low=5, beam_high=5, spawn_probability=1.0, order="fixed")
     moved = 0
     for i in range(100):
         drawn = problem(LAPTOP, "train", 3, i)
@@ -668,7 +669,7 @@ def test_impossible_families_are_refused(family):
         (lambda: ProblemRange(3, 9, 1, 1, 9), "numbers .*not 9..1"),
         (lambda: ProblemRange(3, 1, 9, 0, 9), "targets .*not 0..9"),
         (lambda: dataclasses.replace(APR, method="dfs"), "demonstrator.method='dfs' must be one of sos, sosp, apr"),
-        (lambda: dataclasses.replace(APR, beam=(3, 2)), "beam"),
+        (lambda: dataclasses.replace(APR, beam_low=3, beam_high=2), "beam"),
         (lambda: dataclasses.replace(APR, sub_beam_high=9), "sub_beam_high must be at least the beam, 10, not 9"),
         (lambda: dataclasses.replace(APR, spawn_probability=1.5), "spawn_probability=1.5 must be from 0 to 1"),
         (lambda: dataclasses.replace(APR, budget_fraction=-0.1), "budget_fraction=-0.1 must be from 0 to 1"),
@@ -710,35 +711,34 @@ def test_seed_and_index_fix_everything_in_any_process():
 QUESTION = ("--numbers=22,26,31,53", "--target=27")
 
 
-def command(capsys, *arguments):
-    status = solver.main(["solver.py", *arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_command_line_prints_threads(capsys):
-    status, out, _ = command(capsys, *QUESTION, "--method=apr", "--seed=0")
-    assert status == 0
-    headings = [line for line in out.splitlines() if line.startswith("--- ")]
+def test_command_line_prints_threads(command):
+    ended = command(solver, *QUESTION, "--method=apr", "--seed=0")
+    assert ended.status == 0
+    headings = [line for line in ended.out.splitlines() if line.startswith("--- ")]
     assert headings[0] == "--- root" and headings[-1] in ("--- solved", "--- not solved")
     assert any(heading.startswith("--- child 0.0") for heading in headings)
-    assert out == command(capsys, *QUESTION, "--method=apr", "--seed=0")[1]
-    assert out != command(capsys, *QUESTION, "--method=apr", "--seed=1")[1]
+    assert ended == command(solver, *QUESTION, "--method=apr", "--seed=0")
+    assert ended.out != command(solver, *QUESTION, "--method=apr", "--seed=1").out
 
 
-def test_command_line_prints_the_record(capsys):
-    status, out, _ = command(capsys, *QUESTION, "--method=sosp", "--json")
-    fields = json.loads(out)
-    assert status == 0 and fields["task"] == "countdown" and fields["facts"] == {"method": "sosp", "number_limit": 10}
+def test_command_line_prints_the_record(command):
+    ended = command(solver, *QUESTION, "--method=sosp", "--json")
+    fields = json.loads(ended.out)
+    assert ended.status == 0 and fields["task"] == "countdown" and fields["facts"] == {"method": "sosp", "number_limit": 10}
     assert fields["rollout"]["problem"] == {"numbers": [22, 26, 31, 53], "target": 27}
     (call,) = fields["rollout"]["root"]["calls"]
     assert Tokenizer(10).decode(call["injected"]) == solver.root_prompt(Problem((22, 26, 31, 53), 27), "sosp")
 
 
-def test_command_line_grades(capsys):
-    assert command(capsys, *QUESTION, "--grade=53-31=22, 22/22=1, 1+26=27") == (0, "correct\n", "")
-    assert command(capsys, *QUESTION, "--grade=53-31=22") == (1, "unused number 22\n", "")
-    assert command(capsys, *QUESTION, "--grade=")[0] == 1
+def test_command_line_grades(command):
+    assert command(solver, *QUESTION, "--grade=53-31=22, 22/22=1, 1+26=27") == Ended(0, "correct\n", "")
+    assert command(solver, *QUESTION, "--grade=53-31=22") == Ended(1, "unused number 22\n", "")
+    assert command(solver, *QUESTION, "--grade=").status == 1
+
+
+def test_command_line_says_what_it_does_and_which_flags_it_has():
+    run = subprocess.run([sys.executable, "solver.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "python solver.py --numbers=22,26,31,53" in run.stdout and "--grade" in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -756,10 +756,10 @@ def test_command_line_grades(capsys):
         (*QUESTION, "extra"),
     ],
 )
-def test_command_line_refuses_bad_input_in_one_sentence(capsys, arguments):
-    status, out, err = command(capsys, *arguments)
-    assert status == 2 and out == ""
-    assert err.startswith("solver.py: ") and len(err.strip().splitlines()) == 1
+def test_command_line_refuses_bad_input_in_one_sentence(command, arguments):
+    ended = command(solver, *arguments)
+    assert ended.status == 2 and ended.out == ""
+    assert ended.err.startswith("error: ") and len(ended.err.strip().splitlines()) == 1
 
 
 def test_rendering_is_the_inverse_of_parsing_for_demonstrations():

@@ -21,9 +21,9 @@ TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr")
 REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 CONFIGS = {
-    "apr": DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0.3, token_bin=512),
-    "sosp": DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0.3, token_bin=512),
-    "sos": DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512),
+    "apr": DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0.3, token_bin=512),
+    "sosp": DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0.3, token_bin=512),
+    "sos": DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512),
 }
 FAMILIES = {3: ProblemRange(3, 1, 20, 10, 50), 4: ProblemRange(4, 1, 99, 10, 100)}
 

@@ -21,9 +21,9 @@ from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, seque
 from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
-APR = DemonstratorConfig("apr", (1, 10), 15, 0.9, budget_fraction=0, token_bin=512)
-SOSP = DemonstratorConfig("sosp", (1, 5), 0, 0.5, budget_fraction=0, token_bin=512)
-SOS = DemonstratorConfig("sos", (1, 5), 0, 0.0, budget_fraction=0, token_bin=512)
+APR = DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0, token_bin=512)
+SOSP = DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0, token_bin=512)
+SOS = DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512)
 
 
 @functools.cache
@@ -366,9 +366,8 @@ def test_a_file_that_is_no_json_object_is_refused(content, tmp_path):
 # ---------------------------------------------------------------- the commands
 
 
-def test_the_command_draws_a_demonstration(command: Callable, tmp_path, capsys):
-    assert solver.main(["solver.py", "--numbers=22,26,31,53", "--target=27", "--json"]) == 0
-    (tmp_path / "trace.json").write_text(capsys.readouterr().out)
+def test_the_command_draws_a_demonstration(command: Callable, tmp_path):
+    (tmp_path / "trace.json").write_text(command(solver, "--numbers=22,26,31,53", "--target=27", "--json").out)
     ended = command(figures, f"--trace={tmp_path / 'trace.json'}")
     assert ended.status == 0 and ended.out == f"wrote {tmp_path / 'trace.html'}\n"
     data = data_in((tmp_path / "trace.html").read_text())
