@@ -10,15 +10,8 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 
-from analysis.choose import Entry, Log, forced, free, policy, requested, rl_pairs, sampled
-from analysis.labels import (
-    PAPER_ACCURACY,
-    PAPER_COMPUTE,
-    PAPER_FAMILY,
-    PAPER_LATENCY,
-    PAPER_TEMPERATURES,
-    PAPER_TOKENS,
-)
+from analysis.choose import Entry, Log, free, policy, requested, rl_pairs, sampled
+from analysis.labels import PAPER_ACCURACY, PAPER_COMPUTE, PAPER_FAMILY, PAPER_LATENCY, PAPER_TOKENS
 from harness import stats
 
 Style = dict[str, typing.Any]  # of a matplotlib line
@@ -26,9 +19,8 @@ Point = tuple[float, float, float, float]  # x, value, and the ends of its inter
 Pairs = Mapping[str, Sequence[tuple[float, float]]]  # label -> (x, accuracy) of the paper
 
 NEIGHBOURS = 5  # on either side in a running mean over steps
-ARROW, CURVE, TRACE, PAPER = "arrow", "curve", "trace", "the paper's"  # kinds of lines drawn in a way of their own
+ARROW, CURVE, PAPER = "arrow", "curve", "the paper's"  # kinds of lines drawn in a way of their own
 ALONE: Style = {"marker": "o", "markersize": 9, "markeredgecolor": "black", "linestyle": "none", "zorder": 3}
-SHADE = "shade"  # in a style: the label's colour from light (0) to dark (1)
 FAINT: Style = {"marker": "", "alpha": 0.3, "linewidth": 0.7}
 
 
@@ -50,24 +42,23 @@ class Chart:
     panels: dict[str, list[Line]]  # title -> lines, side by side
     kinds: dict[str, Style] = dataclasses.field(default_factory=dict)  # how a kind of line differs from a plain one
     y: str = "accuracy"  # shared by the panels, a share; "": each panel has its own, which its title says
-    log: str = ""  # "x", or the title of the panel whose y is on a log scale
+    log: bool = False  # whether x is on a log scale
 
 
 # ---------------------------------------------------------------- charts of evaluations
 
 
-def point(entry: Entry, x: str = "total_tokens") -> Point:
-    """Accuracy at a field."""
+def point(entry: Entry) -> Point:
+    """Accuracy at total tokens."""
     low, high = entry.interval
-    return getattr(entry, x), entry.accuracy, low, high
+    return entry.total_tokens, entry.accuracy, low, high
 
 
-def through(entries: Iterable[Entry], kind: str = "", x: str = "total_tokens") -> list[Line]:
-    """A line per policy (at any temperature, if that is x), its points in order of x."""
+def through(entries: Iterable[Entry], kind: str) -> list[Line]:
+    """A line per policy, its points in order of total tokens."""
     lines: dict[tuple, Line] = {}
     for entry in entries:
-        key = policy(entry)[: 2 if x == "temperature" else 3]
-        lines.setdefault(key, Line(entry.label, kind, [])).points.append(point(entry, x))
+        lines.setdefault(policy(entry), Line(entry.label, kind, [])).points.append(point(entry))
     return [line._replace(points=sorted(line.points)) for line in lines.values()]
 
 
@@ -93,7 +84,7 @@ def compute(entries: Sequence[Entry]) -> Chart:
     looks["greedy"] = ALONE
     needs = "several samples of each problem, or budgets requested"
     x = "total tokens per problem (log scale)"
-    return Chart("Accuracy against total tokens", x, needs, {"": lines}, looks, log="x")
+    return Chart("Accuracy against total tokens", x, needs, {"": lines}, looks, log=True)
 
 
 def context(entries: Sequence[Entry]) -> Chart:
@@ -105,7 +96,7 @@ def context(entries: Sequence[Entry]) -> Chart:
             kind = e.budget if chosen is threads else ""
             points = [(int(window), *values) for window, values in e.windows.items()]
             panels.setdefault(title, []).append(Line(e.label, kind, sorted(points)))
-    shades = {e.budget: {SHADE: i / max(1, len(threads) - 1)} for i, e in enumerate(threads)}
+    shades: dict[str, Style] = {e.budget: {"alpha": i / len(threads)} for i, e in enumerate(threads, 1)}
     return Chart("What fits a context window", "context window (tokens)", "greedy evaluations", panels, shades)
 
 
@@ -151,27 +142,7 @@ def latency(entries: Sequence[Entry]) -> Chart:
     lines += papers(entries, lines, PAPER_LATENCY)
     needs = "greedy evaluations with --config.evaluation.concurrent=1"
     x = "time from start to end (ms, log scale)"  # a hiccup of the machine is a hundred times a problem's time
-    return Chart("Solved within so much time, one at a time", x, needs, {"": lines}, log="x")
-
-
-def forcing(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against total tokens under budget forcing (s1)."""
-    caps, floors, neither = forced(entries)
-    lines = [line for group in caps for line in through(group, "answer forced")]
-    lines += [line for group in floors for line in through(group, "forced to continue")]
-    lines += through(neither, "as trained")
-    looks = {"answer forced": {}, "forced to continue": {"linestyle": "--"}, "as trained": ALONE}
-    needs = "evaluations with limits.forced_answer_tokens or limits.min_budget_rounds"
-    return Chart("Budget forcing", "total tokens per problem", needs, {"": lines}, looks)
-
-
-def temperature(entries: Sequence[Entry]) -> Chart:
-    """Accuracy against the sampler's temperature (paper, table 1)."""
-    lines = through(free(entries), x="temperature")
-    free_rows = {label: row for (label, budget), row in PAPER_ACCURACY.items() if budget == "no budget"}
-    theirs = {label: [*zip(PAPER_TEMPERATURES, row, strict=True)] for label, row in free_rows.items()}
-    lines += papers(entries, lines, theirs)
-    return Chart("Accuracy by temperature", "sampler temperature", "free evaluations", {"": lines})
+    return Chart("Solved within so much time, one at a time", x, needs, {"": lines}, log=True)
 
 
 # ---------------------------------------------------------------- charts of runs
@@ -209,14 +180,9 @@ def heldout(logs: Iterable[Log]) -> list[Line]:
     return [line for line in lines if line.points]
 
 
-def of_kind(logs: Iterable[Log], reinforced: bool) -> list[Log]:
-    """The GRPO runs, or the others."""
-    return [log for log in logs if any("sampled_accuracy" in line for line in log.lines) == reinforced]
-
-
 def training(logs: Sequence[Log]) -> Chart:
     """Accuracy over the steps of GRPO (paper, figure 7)."""
-    runs = of_kind(logs, True)
+    runs = [log for log in logs if any("sampled_accuracy" in line for line in log.lines)]
     panels = {"sampled problems": over_steps(runs, "sampled_accuracy"), "held-out problems": heldout(runs)}
     return Chart("Accuracy during reinforcement learning", "step", "runs of grpo.py", panels, SMOOTHED)
 
@@ -225,17 +191,9 @@ def threads(logs: Sequence[Log]) -> Chart:
     """How the use of threads and tokens changes over the steps of GRPO (paper, figure 8)."""
     names = {"child threads per problem": "children", "total tokens per problem": "total_tokens"}
     names |= {"tokens per thread": "tokens_per_thread"}
-    panels = {title: over_steps(of_kind(logs, True), name) for title, name in names.items()}
+    panels = {title: over_steps(logs, name) for title, name in names.items()}
     return Chart("Threads and tokens during reinforcement learning", "step", "runs of grpo.py", panels, SMOOTHED, y="")
 
 
-def supervised(logs: Sequence[Log]) -> Chart:
-    """Loss and validation accuracy over the steps of supervised training."""
-    runs = of_kind(logs, False)
-    losses = [line._replace(kind=TRACE) for line in over_steps(runs, "loss") if line.kind == RAW]  # logged as a mean
-    panels = {"loss (log scale)": losses, "validation accuracy, greedy": heldout(runs)}
-    return Chart("Supervised training", "step", "runs of sft.py", panels, y="", log="loss (log scale)")
-
-
-RESULT_CHARTS = (compute, context, rl, sequential, latency, forcing, temperature)  # files are named by the functions
-RUN_CHARTS = (training, threads, supervised)
+RESULT_CHARTS = (compute, context, rl, sequential, latency)  # files are named by the functions
+RUN_CHARTS = (training, threads)

@@ -159,18 +159,17 @@ def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     return pairs
 
 
-def forced(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[list[Entry]], list[Entry]]:
-    """Caps and floors of each policy, its free entry among both, in order of tokens; and these free entries."""
-    kinds = []
+def forced(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Caps, then floors, of each policy, in order of tokens; its free entry is among both."""
+    found = []
     for name in ("forced_answer_tokens", "min_budget_rounds"):
         groups: dict[tuple, list[Entry]] = {}
         for entry in requested(entries, name, 1):
             groups.setdefault(policy(entry), []).append(entry)
         for entry in free(entries):
             groups.get(policy(entry), []).append(entry)
-        kinds.append([sorted(group, key=lambda e: e.total_tokens) for group in groups.values()])
-    started = {policy(entry) for kind in kinds for group in kind for entry in group}
-    return kinds[0], kinds[1], [entry for entry in free(entries) if policy(entry) in started]
+        found += [sorted(group, key=lambda e: e.total_tokens) for group in groups.values()]
+    return found
 
 
 def by_problem(entry: Entry, name: str) -> list[float]:

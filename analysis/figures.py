@@ -30,13 +30,12 @@ import matplotlib
 import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from analysis import charts, tables
-from analysis.charts import ARROW, CURVE, PAPER, SHADE, TRACE, Chart, Line, Style
+from analysis.charts import ARROW, CURVE, PAPER, Chart, Line, Style
 from analysis.choose import Entry, read_logs, read_results
 from analysis.labels import rank
 from analysis.viewer import page, page_data, read_trace
@@ -63,7 +62,6 @@ GREY = "#808080"
 KINDS: dict[str, Style] = {
     ARROW: {},
     CURVE: {"drawstyle": "steps-post", "markevery": [-1]},
-    TRACE: {"marker": ""},
     PAPER: {"color": GREY, "markeredgecolor": GREY, "markeredgewidth": 1.2, "markerfacecolor": "none", "zorder": 4}
     | {"linestyle": "--", "linewidth": 0.8},
 }
@@ -96,25 +94,12 @@ def look(label: str) -> tuple[str, str]:
     return LOOKS.get(label, spare)
 
 
-def shade(label: str, share: float) -> str:
-    """The colour of a label from light (0) to dark (1)."""
-    base = np.asarray(to_rgb(look(label)[0]))
-    light, dark = 1 - 0.45 * (1 - base), 0.35 * base
-    return to_hex(tuple(light + share * (dark - light)))
-
-
-def resolved(style: Style, label: str) -> Style:
-    """A style with the shade of the label's colour as a colour."""
-    plain = {name: value for name, value in style.items() if name != SHADE}
-    return plain | {"color": shade(label, style[SHADE])} if SHADE in style else plain
-
-
 def draw(axes: Axes, line: Line, special: Style) -> None:
     """A line with its intervals: bars, or the band of a curve."""
     x, y, low, high = np.asarray(line.points, float).T
     color, marker = look(line.label)
     style: Style = {"color": color, "marker": marker, "markersize": 5, "markeredgecolor": EDGE, "linewidth": 1.4}
-    style |= KINDS.get(line.kind, {}) | resolved(special, line.label)
+    style |= KINDS.get(line.kind, {}) | special
     style["marker"] = style["marker"] and marker
     if line.kind == ARROW:
         arrow: Style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 4, "shrinkB": 4}
@@ -129,13 +114,14 @@ def draw(axes: Axes, line: Line, special: Style) -> None:
 def legend(figure: Figure, chart: Chart) -> None:
     """Right of the panels: labels by colour and marker, then, in grey, kinds of lines."""
     lines = [line for panel in chart.panels.values() for line in panel]
+    drawn = {line.kind for line in lines}
     handles: list[Line2D] = []
     for label in sorted({line.label for line in lines if line.kind != PAPER}, key=rank):
         color, marker = look(label)
         handles.append(Line2D([], [], color=color, marker=marker, markersize=5, markeredgecolor=EDGE, label=label))
     for kind, style in (chart.kinds | {PAPER: KINDS[PAPER] | {"marker": "o"}}).items():
-        if line := next((line for line in lines if line.kind == kind), None):
-            shown: Style = {"color": GREY, "label": kind} | resolved(style, line.label)
+        if kind in drawn:
+            shown: Style = {"color": GREY, "label": kind} | style
             handles.append(Line2D([], [], **shown))
     figure.legend(handles=handles, loc="outside right upper")
 
@@ -150,14 +136,11 @@ def render(chart: Chart) -> Figure:
         for line in lines:
             draw(axes, line, chart.kinds.get(line.kind, {}))
         axes.locator_params(axis="x", nbins=7)  # more would let long numbers touch
-        if chart.log == "x":
+        if chart.log:
             axes.set_xscale("log")
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
-        elif chart.log and chart.log == title:
-            axes.set_yscale("log")
-            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         axes.xaxis.set_major_formatter("{x:,g}")
-        axes.yaxis.set_major_formatter(PERCENT if chart.y or "accuracy" in title else "{x:,g}")
+        axes.yaxis.set_major_formatter(PERCENT if chart.y else "{x:,g}")
     row[0].set_ylabel(chart.y)
     legend(figure, chart)
     return figure
@@ -199,7 +182,7 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("trace", None, "Trace file to show (evaluate.py --record, solver.py --json).")
     flags.DEFINE_list("results", [], "Folders to search for eval.json files: figures and tables of evaluations.")
-    flags.DEFINE_list("runs", [], "Workdirs of runs: figures of their training.")
+    flags.DEFINE_list("runs", [], "Workdirs of GRPO runs: figures of their training.")
     flags.DEFINE_string(
         "output", None, "The page to write (default: beside the trace file), or the folder (default: runs/figures)."
     )

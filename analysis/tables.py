@@ -110,8 +110,7 @@ def _threads(entry: Entry) -> str:
 def forcing_table(entries: Sequence[Entry]) -> Table:
     """Every point of budget forcing, and after those of a line what s1 makes of them."""
     rows: list[Row] = []
-    caps, floors, _ = forced(entries)
-    for group in caps + floors:
+    for group in forced(entries):
         name = [group[0].label, f"{group[0].temperature:g}"]
         for e in group:
             rows.append([*name, e.budget, accuracy(e), cost(e, "total_tokens"), used_of(e, "within"), "", ""])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis import charts, choose, figures, labels, tables
-from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, TRACE, Line
+from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, Line
 from analysis.choose import Log
 from configs import apr, sweep
 from harness import evaluation, stats
@@ -264,7 +264,7 @@ def test_compute_by_hand():
         ("APR", "greedy", [at(300)]),
     ]
     assert chart.panels[""][1].points[1] == pytest.approx((400, 0.7, 0.6, 0.8))
-    assert chart.log == "x" and chart.kinds["any of k"] == {"linestyle": "--"}
+    assert chart.log and chart.kinds["any of k"] == {"linestyle": "--"}
 
 
 def test_compute_is_left_out_if_there_is_only_one_way_to_spend():
@@ -284,9 +284,7 @@ def test_context_windows_by_hand():
         "no budget in the prompt": [Line("APR", "", points)],
         "children requested": [Line("APR budget", "2 children requested", points), Line("APR budget", "10 children requested", points)],
     }
-    styles = [figures.resolved(chart.kinds[kind], "APR budget") for kind in ("2 children requested", "10 children requested")]
-    light, dark = (int(style["color"][1:3], 16) for style in styles)
-    assert light > dark
+    assert chart.kinds["2 children requested"]["alpha"] < chart.kinds["10 children requested"]["alpha"] == 1
 
 
 def test_rl_pairs_the_same_temperature_and_budget():
@@ -327,23 +325,14 @@ def test_solved_within_by_hand():
 def test_forcing_goes_through_the_free_point():
     entries = [cut(192, total_tokens=80), cut(128, total_tokens=60), entry(total_tokens=100), sent_on(1, total_tokens=120)]
     entries += [entry(temperature=1.0), entry("SoS+"), cut(128, label="SoS", total_tokens=40)]
-    assert bare(charts.forcing(entries).panels[""]) == [
-        ("APR", "answer forced", [at(60), at(80), at(100)]),
-        ("SoS", "answer forced", [at(40)]),
-        ("APR", "forced to continue", [at(100), at(120)]),
-        ("APR", "as trained", [at(100)]),
-    ]
-
-
-def test_temperature_is_a_line_per_checkpoint():
-    entries = [entry(temperature=t) for t in (1.0, 0.0)] + [entry(temperature=0.5, parameters="another seed"), children_requested(2)]
-    assert bare(charts.temperature(entries).panels[""]) == [("APR", "", [(0.0, 0.75), (1.0, 0.75)]), ("APR", "", [(0.5, 0.75)])]
+    groups = [[(e.label, e.total_tokens) for e in group] for group in choose.forced(entries)]
+    assert groups == [[("APR", 60), ("APR", 80), ("APR", 100)], [("SoS", 40)], [("APR", 100), ("APR", 120)]]
 
 
 def test_the_papers_values_are_drawn_only_on_its_own_problems():
-    for family, drawn in ((LAPTOP, []), (labels.PAPER_FAMILY, [("APR", [(0.0, 0.755), (0.1, 0.759), (0.5, 0.749), (1.0, 0.678)])])):
-        entries = [entry(family=family)]
-        assert [(label, points) for label, kind, points in bare(charts.temperature(entries).panels[""]) if kind == PAPER] == drawn
+    for family, drawn in ((LAPTOP, []), (labels.PAPER_FAMILY, [("APR", [(5000, 0.752)])])):
+        lines = bare(charts.latency([entry(family=family, concurrent=1)]).panels[""])
+        assert [(label, points) for label, kind, points in lines if kind == PAPER] == drawn
     pair = [entry(family=labels.PAPER_FAMILY), entry("APR RL", family=labels.PAPER_FAMILY)]
     assert bare(charts.rl(pair).panels["temperature 0"])[-1] == ("APR", PAPER, [(10964, 0.755), (16720, 0.834)])
 
@@ -383,11 +372,7 @@ def test_training_curves_by_hand():
     assert panels["held-out problems"] == [Line("APR RL", "", [(0, 0.5, 0.4, 0.7), (2, 0.5, 0.4, 0.7)])]
     counts = charts.threads(logs).panels
     assert [bare(lines)[0][2] for lines in counts.values()] == [[(1, 4), (2, 5)], [(1, 400), (2, 400)], [(1, 80), (2, 80)]]
-    assert charts.supervised(logs).panels == {
-        "loss (log scale)": [Line("APR", TRACE, [(40, 2.0, 2.0, 2.0)])],
-        "validation accuracy, greedy": [Line("APR", "", [(40, 0.25, 0.25, 0.25)])],
-    }
-    assert not any(charts.supervised([grpo_log()]).panels.values())
+    assert not any([*charts.training([sft_log()]).panels.values(), *charts.threads([sft_log()]).panels.values()])
 
 
 # ---------------------------------------------------------------- looks
@@ -516,7 +501,7 @@ def test_the_command_writes_every_figure_and_the_tables(command: Callable, tmp_p
     ended = command(figures, *everything(tmp_path), f"--output={output}")
     assert ended.status == 0, ended.err
     names = [build.__name__ for build in charts.RESULT_CHARTS + charts.RUN_CHARTS]
-    assert names[:3] == ["compute", "context", "rl"] and len(names) == 10
+    assert names[:3] == ["compute", "context", "rl"] and len(names) == 7
     files = [str(output / f"{name}.{suffix}") for name in names for suffix in ("png", "svg")] + [str(output / "tables.md")]
     lines = ended.out.splitlines()
     assert json.loads(lines[-1]) == {"written": files} and lines[:-1] == [f"wrote {file}" for file in files]
@@ -538,7 +523,7 @@ def test_what_has_no_points_is_left_out_aloud(command: Callable, tmp_path):
         ended = command(figures, f"--results={results}", f"--output={output}")
         assert ended.status == 0, ended.err
     written = json.loads(ended.out.splitlines()[-1])["written"]
-    assert [pathlib.Path(path).stem for path in written[::2]] == ["context", "sequential", "temperature", "tables"]
+    assert [pathlib.Path(path).stem for path in written[::2]] == ["context", "sequential", "tables"]
     for words in ("left out compute: it needs several samples", "left out rl:", "left out latency:", "left out of tables.md: Table 2"):
         assert words in ended.out
     assert "training" not in ended.out  # no runs were named
@@ -547,10 +532,12 @@ def test_what_has_no_points_is_left_out_aloud(command: Callable, tmp_path):
 
 
 def test_runs_alone_are_drawn_without_tables(command: Callable, tmp_path):
-    run = write_log(tmp_path / "apr", *sft_log().lines)
-    ended = command(figures, f"--runs={run}", f"--output={tmp_path / 'out'}")
-    assert ended.status == 0, ended.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["supervised.png", "supervised.svg"]
+    names = ["threads.png", "threads.svg", "training.png", "training.svg"]
+    for log, drawn in ((grpo_log("grpo-apr"), names), (sft_log("apr"), [])):
+        run, output = write_log(tmp_path / log.label, *log.lines), tmp_path / f"drawn of {log.label}"
+        ended = command(figures, f"--runs={run}", f"--output={output}")
+        assert ended.status == 0, ended.err
+        assert sorted(path.name for path in output.iterdir()) == drawn
     assert "left out training: it needs runs of grpo.py" in ended.out
 
 
