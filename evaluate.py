@@ -38,9 +38,10 @@ import records
 from analysis import sweep
 from harness.build import Parts, build
 from harness.cli import UsageError, usage_errors
-from harness.evaluation import report, show_call
+from harness.evaluation import report
 from harness.processes import launch
 from harness.rollouts import RolloutPool
+from harness.show import show_call, verdict
 from harness.workdir import PRETRAINED, load_best, read_config, write_json
 from protocols import Domain, Request
 from records import Rollout, Thread
@@ -84,8 +85,7 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
 
     runtime = pool.runtimes(params, parts.sampler.temperature, on_call)[0]
     rollout = runtime.run([Request(problem)], seed=(parts.evaluation.seed,))[0]
-    verdict = "right" if rollout.grade.correct else f"wrong: {rollout.grade.reason}"
-    print(f"answer: {', '.join(rollout.grade.answer) or 'none'} ({verdict})")
+    print(verdict(rollout.grade))
     costs = records.metrics(rollout)
     del costs["milliseconds"]  # most of them went into compiling
     print(json.dumps({"correct": rollout.grade.correct, "answer": list(rollout.grade.answer), **costs}))

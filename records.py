@@ -2,7 +2,7 @@
 
 A demonstration of a symbolic solver and a rollout of the model are the same record. A `Rollout` is a
 problem and a tree of `Thread`s. A thread is a list of `Call`s, one per uninterrupted decode. Training,
-metrics, grading and pictures read the record and cannot on_rollout who wrote it.
+metrics, grading and pictures read the record and cannot tell who wrote it.
 
 This module knows nothing of JAX and nothing of any task.
 """
@@ -123,11 +123,8 @@ def sequential_tokens(thread: Thread) -> int:
 
 def longest_context(thread: Thread) -> int:
     """Most ids that any call of the thread or its descendants had in view, sampled ids included."""
-    longest = 0
-    for call in thread.calls:
-        ids = call.keep + len(call.injected) + len(call.sampled)
-        longest = max(longest, ids)
-    return max([longest] + [longest_context(child) for children in thread.spawns for child in children])
+    calls = (call for member in thread.walk() for call in member.calls)
+    return max(call.keep + len(call.injected) + len(call.sampled) for call in calls)
 
 
 def metrics(rollout: Rollout) -> dict[str, float]:

@@ -40,6 +40,7 @@ from countdown.language import Tokenizer
 from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
 from countdown.task import METHODS, Countdown, record, root_prompt
 from harness.cli import launch, usage_errors
+from harness.show import show, verdict
 from records import Rollout, stored
 
 ORDERS = ("fixed", "random")
@@ -280,17 +281,6 @@ def _problem_of(numbers: Sequence[str] | None, target: int | None) -> Problem:
     return Problem(tuple(int(number) for number in numbers), target)
 
 
-def _show(rollout: Rollout, tokenizer: Tokenizer) -> None:
-    """Prints the threads of a rollout, then the verdict."""
-    for thread in rollout.threads():
-        name = "root" if not thread.path else "child " + ".".join(map(str, thread.path))
-        for i, call in enumerate(thread.calls):
-            print(f"--- {name}{', after join ' + str(i) if i else ''}")
-            print(tokenizer.decode([*call.injected, *call.sampled]).removesuffix("<|end|>").removesuffix("\n"))
-    print(f"--- {'solved' if rollout.grade.correct else 'not solved'}")
-    print(rollout.grade.reason or ", ".join(rollout.grade.answer))
-
-
 def main(_: list[str]) -> None:
     """Prints a demonstration, or judges a path and exits with status 1 if it is wrong."""
     args = flags.FLAGS
@@ -309,7 +299,7 @@ def main(_: list[str]) -> None:
         facts = {"method": args.method, "number_limit": NUMBER_LIMIT}
         print(json.dumps(stored("countdown", facts, rollout)))
     else:
-        _show(rollout, tokenizer)
+        print(f"{show(rollout, tokenizer)}{verdict(rollout.grade)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ text of each thread.
 
   1. `read_trace` rebuilds the `Rollout` that a trace file keeps, and refuses what is none.
   2. `timeline` puts every call on the clock and marks the critical path.
-  3. The task's own hook (`harness.tasks.states`) reads the search tree off the text.
+  3. The task's own hook (`harness.tasks`) reads the search tree off the text.
   4. `page` puts all this into viewer.html as JSON; the script there only draws.
 
 Run: python -m analysis.figures --trace=trace.json
@@ -102,7 +102,7 @@ def read_trace(path: str) -> Trace:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         try:
             fields = _fields(json.loads(text), "it", task=str, facts=dict, rollout=dict)
-            domain = tasks.resolve(tasks.entry(fields["task"]).domain)
+            domain = tasks.part(fields["task"], "domain")
             facts = _fields(fields["facts"], "facts", method=str)
             language = domain.read_language(facts)
             rollout = rollout_from_json(fields["rollout"], language.vocab_size, domain.from_json)
@@ -130,7 +130,7 @@ def page_data(trace: Trace) -> dict[str, typing.Any]:
     """All that the page shows. Threads and states are named by their index."""
     rollout, language = trace.rollout, trace.language
     lanes = timeline(rollout.root)
-    states = tasks.states(trace.task)(rollout, lanes, language)
+    states = tasks.part(trace.task, "states")(rollout, lanes, language)
     number = {id(lane.thread): i for i, lane in enumerate(lanes)}
     costs = records.metrics(rollout)
     threads = [

@@ -126,11 +126,6 @@ def announce(node: Node, target: int) -> str:
     return f"Moving to Node #{node.id}\n{state_line(node, target)}"
 
 
-def _child(node: Node, id: str, cost: float, operation: str, numbers: list[int], text: str) -> Node:
-    before = f"{node.operations}, " if node.operations else ""
-    return Node(id, numbers, f"{before}'{operation}'", cost, text, node)
-
-
 def spawn_block(nodes: list[str], level: int) -> str:
     """Text that starts a child thread per node."""
     starts = [f"<Start Sub Search {i} at level {level}> Moving to Node #{node}\n" for i, node in enumerate(nodes)]
@@ -192,24 +187,30 @@ class Search:
         else:
             self.rng.shuffle(options)
         children: list[Node] = []
-        for cost, operation, numbers in options:
-            text = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
-            if len(numbers) > 1:
-                id = f"{node.id},{len(children)}"
-                text += f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n"
-                self.lines.append(text)
-                children.append(_child(node, id, cost, operation, numbers, text))
-                continue
-            self.lines.append(text)
-            if numbers[0] == self.target:
-                goal = _child(node, "", cost, operation, numbers, text)
-                self.write_goal(goal)
-                return [], goal
-            self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
-            if self.pushes_leaves:  # all with the same id, as in the released code
-                children.append(_child(node, f"{node.id},0", cost, operation, numbers, text))
+        for option in options:
+            leaf = len(option[2]) == 1
+            child = self.write_child(node, 0 if leaf else len(children), option)
+            if child.numbers == [self.target]:
+                return [], child
+            if not leaf or self.pushes_leaves:  # all leaves with the same id, as in the released code
+                children.append(child)
         children.sort(key=operator.attrgetter("cost"))
         return children, None
+
+    def write_child(self, node: Node, number: int, option: tuple[float, str, list[int]]) -> Node:
+        """Lists child `number` of a node, an option of `expand`; a single number is compared to the target."""
+        cost, operation, numbers = option
+        before = f"{node.operations}, " if node.operations else ""
+        child = Node(f"{node.id},{number}", numbers, f"{before}'{operation}'", cost, "", node)
+        child.text = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
+        if len(numbers) > 1:
+            child.text += f"Generated Node #{child.id}: {self.target}:{numbers} Operation: {operation}\n"
+        self.lines.append(child.text)
+        if numbers == [self.target]:
+            self.write_goal(child)
+        elif len(numbers) == 1:
+            self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
+        return child
 
     def write_goal(self, goal: Node) -> None:
         """Writes that the goal is reached, and restates the path to it from the root of the thread."""
@@ -249,22 +250,16 @@ class DepthFirst(Search):
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
         every = best_first(expand(root.numbers, self.target, self.heuristic))
         kept = [option for option in every if option[0] <= self.target]
-        for i, (cost, operation, numbers) in enumerate(kept):
+        for i, option in enumerate(kept):
             if i:
                 self.lines.append(announce(root, self.target))
-            id = f"{root.id},{i}"
-            child = _child(root, id, cost, operation, numbers, "")
-            self.lines.append(f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n")
-            if len(numbers) > 1:
-                self.lines.append(f"Generated Node #{id}: {self.target}:{numbers} Operation: {operation}\n")
+            child = self.write_child(root, i, option)
+            if len(child.numbers) > 1:
                 self.lines.append(announce(child, self.target))
                 if goal := self.search(child, level):
                     return goal
-            elif numbers[0] == self.target:
-                self.write_goal(child)
+            elif child.numbers == [self.target]:
                 return child
-            else:
-                self.lines.append(f"{numbers[0]},{self.target} unequal: No Solution\n")
         return None
 
 

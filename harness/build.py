@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from checks import Checked, at_least, one_of, require
 from decoding import SamplerConfig
-from harness.tasks import make_domain
+from harness.tasks import part
 from model import Decoder, ModelConfig
 from parallel_runtime import Limits
 from protocols import Domain
@@ -58,14 +58,6 @@ class EvaluationConfig(Checked):
     samples: Annotated[int, at_least(1)]  # rollouts of each problem, for pass@k and cons@k
     concurrent: Annotated[int, at_least(0)]  # rollouts in flight; 0 is all, 1 measures latency
     seed: int  # of the draws; the problems are always the same
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkersConfig(Checked):
-    """How many samplers share the rows."""
-
-    section = "sampler"
-    workers: Annotated[int, at_least(1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +103,11 @@ class Parts:
 
 def build(config: ConfigDict) -> Parts:
     """The objects of a configuration. Raises ValueError, naming the field, on values that cannot work."""
-    domain = make_domain(config)
+    domain: Domain = part(config.task, "domain")(config)
     model = ModelConfig(vocab_size=domain.language.vocab_size, **config.model)
     settings = dict(config.sampler)
-    workers = WorkersConfig(settings.pop("workers")).workers
+    workers = settings.pop("workers")
+    require(workers >= 1, f"sampler.workers={workers} must be at least 1")
     parts = Parts(
         config,
         domain,

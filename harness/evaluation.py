@@ -28,11 +28,11 @@ from harness.build import Parts
 from harness.cli import Progress, usage_errors
 from harness.results import Evaluation, Result
 from harness.rollouts import RolloutPool
-from harness.tasks import explainer
+from harness.show import show
+from harness.tasks import part
 from harness.workdir import write_json
 from parallel_runtime import Interrupted
-from protocols import Language
-from records import Rollout, Thread
+from records import Rollout
 
 
 def at_equal_compute(entries: Sequence[dict[str, float]], spent: dict[str, typing.Any]) -> float | None:
@@ -85,7 +85,7 @@ def problem_set(problems: Sequence[typing.Any]) -> str:
 
 def failures(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[list[str], dict[str, float]]:
     """The kind of fault each rollout failed by ("" if it did not), and the share of each kind, most frequent first."""
-    explain = explainer(parts.config.task)
+    explain = part(parts.config.task, "explain")
     kinds = [explain(rollout, parts.domain.language) for rollout in rollouts]
     return kinds, {kind: count / len(kinds) for kind, count in Counter(filter(None, kinds)).most_common()}
 
@@ -237,29 +237,3 @@ def budget_line(evaluation: Evaluation) -> str:
     """Budget and adherence to it."""
     held = evaluation.adherence
     return f"{evaluation.budget}: {held['within']:.3f}, mean {held['used']:.1f}" if held else evaluation.budget
-
-
-def show_call(thread: Thread, number: int, language: Language) -> str:
-    """One call of a thread: what it was given (after "|") and what it wrote."""
-    call = thread.calls[number]
-    name = "parent" if not thread.path else "child " + ".".join(map(str, thread.path))
-    given = "".join(f"  | {line}\n" for line in language.decode(call.injected).splitlines())
-    wrote = "".join(f"    {line}\n" for line in language.decode(call.sampled).splitlines() if line)
-    detail = f": {thread.detail}" if thread.detail and number == len(thread.calls) - 1 else ""
-    return f"[{name}, call {number}] {len(call.sampled)} tokens, stopped by {call.stop}{detail}\n{given}{wrote}"
-
-
-def show(rollout: Rollout, language: Language) -> str:
-    """All threads of a rollout, call by call in the order they ran: children stand where they were spawned."""
-    parts = []
-
-    def visit(thread: Thread) -> None:
-        spawns = iter(thread.spawns)
-        for number, call in enumerate(thread.calls):
-            parts.append(show_call(thread, number, language))
-            if call.stop == records.SPAWN:
-                for child in next(spawns):
-                    visit(child)
-
-    visit(rollout.root)
-    return "".join(parts)

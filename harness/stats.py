@@ -101,14 +101,13 @@ def summarize(rollouts: Sequence[Rollout], samples: int, seconds: float) -> dict
     groups = grouped(rollouts, samples)
     shares = [sum(rollout.grade.correct for rollout in group) for group in groups]
     value, low, high = mean_with_interval([share / samples for share in shares])
-    costs = [records.metrics(rollout) for rollout in rollouts]
     return {
         "n": len(groups),
         "samples": samples,
         "correct": sum(shares),
         "accuracy": value,
         "interval": (low, high),
-        **{name: sum(cost[name] for cost in costs) / len(costs) for name in MEANS},
+        **records.mean_costs(rollouts, MEANS),
         "throughput_ms": 1e3 * seconds / len(rollouts),
         "pass_at": {str(k): mean_with_interval([pass_at(k, x, samples) for x in shares]) for k in counts(samples)},
         "cons_at": {str(k): mean_with_interval([cons_at(k, group) for group in groups]) for k in counts(samples)},

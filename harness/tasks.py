@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import importlib
 import typing
-from collections.abc import Callable, Sequence
-
-from ml_collections import ConfigDict
 
 from checks import require
-from protocols import Domain, Language
+from protocols import Language
 from records import END, Rollout
 
 
@@ -24,7 +21,7 @@ class Entry(typing.NamedTuple):
 
     domain: str  # a subclass of `Domain`
     explain: str = "harness.tasks:stop_reason"  # (rollout, language) -> kind of failure, "" for a correct rollout
-    states: str = ""  # (rollout, lanes, language) -> nodes of the search tree that the viewer draws
+    states: str = "harness.tasks:no_states"  # (rollout, lanes, language) -> search tree that the viewer draws
 
 
 TASKS = {
@@ -33,32 +30,16 @@ TASKS = {
 }
 
 
-def entry(name: str) -> Entry:
-    """The entry of a task. Raises ValueError on an unknown name."""
-    require(name in TASKS, f"task={name!r} must be one of {', '.join(TASKS)}")
-    return TASKS[name]
+def part(task: str, name: str) -> typing.Any:
+    """What the entry of a task names as its "domain", "explain" or "states". Raises ValueError on an unknown task."""
+    require(task in TASKS, f"task={task!r} must be one of {', '.join(TASKS)}")
+    module, attribute = getattr(TASKS[task], name).split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def resolve(part: str) -> typing.Any:
-    """The object that MODULE:NAME names."""
-    module, name = part.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def make_domain(config: ConfigDict) -> Domain:
-    """The domain of a configuration. Raises ValueError, naming the field, on values that cannot work."""
-    return resolve(entry(config.task).domain)(config)
-
-
-def explainer(name: str) -> Callable[[Rollout, Language], str]:
-    """What names the fault that a failed rollout failed by."""
-    return resolve(entry(name).explain)
-
-
-def states(name: str) -> Callable[..., Sequence[typing.Any]]:
-    """What reads the search tree of a rollout for the viewer; a task without one has no states."""
-    part = entry(name).states
-    return resolve(part) if part else lambda *_: ()
+def no_states(*_: typing.Any) -> tuple:
+    """The states of a task without a search tree."""
+    return ()
 
 
 def stop_reason(rollout: Rollout, _: Language) -> str:

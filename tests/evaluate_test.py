@@ -26,6 +26,7 @@ from harness import evaluation, stats
 from harness.build import build
 from harness.cli import UsageError
 from harness.rollouts import RolloutPool
+from harness.show import show
 from harness.workdir import read_config
 from parallel_runtime import Runtime
 from protocols import Completion, PrefillRequest
@@ -272,7 +273,7 @@ def test_the_demonstrator_at_equal_compute_is_interpolated_by_hand():
 
 def test_show_has_every_thread_where_it_ran(scripted):
     rollout = next(rollout for rollout in scripted.recorded if rollout.root.spawns)
-    text = evaluation.show(rollout, scripted.domain.language)
+    text = show(rollout, scripted.domain.language)
     heads = [line.split("]")[0] for line in text.splitlines() if line.startswith("[")]
     children = [f"[child 0.{i}, call 0" for i in range(len(rollout.root.spawns[0]))]
     assert heads[: len(children) + 2] == ["[parent, call 0", *children, "[parent, call 1"]

@@ -19,7 +19,7 @@ def test_threads_without_a_model_print_their_story(capsys):
 
 @pytest.fixture(scope="module")
 def domain():
-    return tasks.make_domain(products.get_config())
+    return tasks.part("products", "domain")(products.get_config())
 
 
 def test_a_demonstration_is_what_the_runtime_records_of_a_perfect_policy(domain):
@@ -53,4 +53,4 @@ def test_an_unknown_task_is_refused():
     config = products.get_config()
     config.task = "chess"
     with pytest.raises(ValueError, match="task='chess' must be one of countdown, products"):
-        tasks.make_domain(config)
+        tasks.part(config.task, "domain")(config)

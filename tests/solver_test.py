@@ -714,9 +714,9 @@ QUESTION = ("--numbers=22,26,31,53", "--target=27")
 def test_command_line_prints_threads(command):
     ended = command(solver, *QUESTION, "--method=apr", "--seed=0")
     assert ended.status == 0
-    headings = [line for line in ended.out.splitlines() if line.startswith("--- ")]
-    assert headings[0] == "--- root" and headings[-1] in ("--- solved", "--- not solved")
-    assert any(heading.startswith("--- child 0.0") for heading in headings)
+    headings = [line for line in ended.out.splitlines() if line.startswith("[")]
+    assert headings[0].startswith("[parent, call 0] ") and ended.out.splitlines()[-1].startswith("answer: ")
+    assert any(heading.startswith("[child 0.0, call 0] ") for heading in headings)
     assert ended == command(solver, *QUESTION, "--method=apr", "--seed=0")
     assert ended.out != command(solver, *QUESTION, "--method=apr", "--seed=1").out
 

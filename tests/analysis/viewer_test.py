@@ -16,7 +16,7 @@ from countdown.language import Tokenizer
 from countdown.search import Trace, spawn_block
 from countdown.task import Countdown, record
 from harness.cli import UsageError
-from harness.evaluation import show_call
+from harness.show import show_call
 from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
 from solver import DemonstratorConfig
 
