@@ -179,9 +179,11 @@ def _decode_device(
     enough = (jnp.sum(~idle_B) + REFILL_ONE_IN - 1) // REFILL_ONE_IN
 
     def going(burst: Burst) -> Array:
+        """Whether the burst takes another step."""
         return (burst.step < config.steps_per_call) & (jnp.sum(burst.done_B & ~idle_B) < enough)
 
     def step(burst: Burst) -> Burst:
+        """Feeds the last id of every row, and samples the next one."""
         visible_BI = jnp.broadcast_to(jnp.arange(config.steps_per_call) < burst.step, burst.ids_BI.shape)
         tokens_B1 = burst.token_B[:, None]
         positions_B1 = length_B[:, None] + burst.step
@@ -230,11 +232,13 @@ def compiled(model: Decoder, config: SamplerConfig, stop_ids: tuple[int, ...], m
     """The jitted (prefill, decode) over all devices. They compile once per combination of buckets."""
 
     def prefill(params: typing.Any, history: Cache, rows: Array, ids: Array, slots: int) -> Cache:
+        """`_prefill_device` on every device: rows [devices * B, columns], ids [devices * B, T]."""
         specs = (PartitionSpec(), ROWS, ROWS, ROWS)
         device = functools.partial(_prefill_device, model, slots=slots)
         return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows, ids)
 
     def decode(params: typing.Any, history: Cache, rows: Array, slots: int) -> typing.Any:
+        """`_decode_device` on every device: rows [devices * B, columns]."""
         specs = (PartitionSpec(), ROWS, ROWS)
         device = functools.partial(_decode_device, model, config, stop_ids, slots=slots)
         return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=ROWS)(params, history, rows)

@@ -81,6 +81,7 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
     parts = pool.parts
 
     def on_call(thread: Thread) -> None:
+        """Prints the last call of a thread."""
         print(show_call(thread, len(thread.calls) - 1, parts.domain.language), flush=True)
 
     runtime = pool.runtimes(params, parts.sampler.temperature, on_call)[0]

@@ -174,6 +174,7 @@ def grpo_loss(config: GrpoConfig) -> LossFn:
     """The clipped objective with a penalty towards the reference (module header), per token [R, T]."""
 
     def loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
+        """Loss and metrics of every token, each [R, T]."""
         ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
         clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
         policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)

@@ -311,6 +311,7 @@ def run_on_workers(
     leave = threading.Event()
 
     def worker(first: int) -> None:
+        """Runs the share of runtime number `first`."""
         share = requests[first :: len(runtimes)]
         for number, rollout in runtimes[first].stream(share, seed):
             finished[first + number * len(runtimes)] = rollout

@@ -171,6 +171,7 @@ def state_from_key(model: Decoder, optimizer: optax.GradientTransformation, mesh
     """A fresh state, born with its shardings."""
 
     def create(key: Array) -> TrainState:
+        """A state with random parameters."""
         return new_state(optimizer, init_params(model, key))
 
     shardings = state_shardings(mesh, optimizer, jax.eval_shape(create, key).params)
@@ -212,6 +213,7 @@ def make_train_step(
     """
 
     def loss_sum(params: typing.Any, batch: TokenBatch) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        """The loss of a micro-batch [R, T], the sums of its metrics, and the log-prob of every token."""
         out = token_stats(model, params, batch, temperature)
         loss_RT, extra = loss_fn(out, batch)
         sampled = batch.sampled.astype(jnp.float32)
@@ -219,12 +221,16 @@ def make_train_step(
         return loss_RT.sum(), ({name: value.sum() for name, value in sums.items()}, out.logp)
 
     def train_step(state: TrainState, batches: TokenBatch) -> tuple[TrainState, dict[str, Array], Array]:
+        """One update on micro-batches [M, R, T]."""
+
         def micro(m: Array | int) -> typing.Any:
+            """Gradient and sums of micro-batch m, and the log-prob [R, T] of its tokens."""
             batch = TokenBatch(*(field[m] for field in batches))
             (loss, (sums, logp_RT)), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
             return (grads, {"loss": loss, **sums}), logp_RT
 
         def add(m: Array, so_far: typing.Any) -> typing.Any:
+            """Adds micro-batch m to the gradient and the sums so far, and enters its log-probs."""
             total, logp_MRT = so_far
             new, logp_RT = micro(m)
             return jax.tree.map(jnp.add, total, new), logp_MRT.at[m].set(logp_RT)
@@ -270,9 +276,11 @@ def make_score(model: Decoder, mesh: Mesh, temperature: float = 1.0) -> Callable
     """Compiles (params, batch [M, R, T]) -> log-prob of every token [M, R, T]; empty micro-batches are skipped."""
 
     def score(params: typing.Any, batches: TokenBatch) -> Array:
+        """Log-prob of every token of micro-batches [M, R, T]."""
         used = _num_nonempty(batches)
 
         def one(m: Array, logp: Array) -> Array:
+            """Enters the log-probs of micro-batch m."""
             batch = TokenBatch(*(field[m] for field in batches))
             return logp.at[m].set(token_stats(model, params, batch, temperature).logp)
 

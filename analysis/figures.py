@@ -10,7 +10,7 @@
   1. Read every eval.json below --results and the metrics.jsonl of --runs, and check them: results on different
      problems are never put side by side.
   2. Turn them into charts: lines of points, as data.
-  3. Draw each chart that has points, as NAME.png and NAME.svg.
+  3. Draw each chart that has points, as NAME.png.
   4. Write the numbers to tables.md, the paper's own beside them.
 
 Intervals are of 95 %. A label has one colour and one marker everywhere. The paper's values are drawn (grey, hollow)
@@ -75,9 +75,8 @@ RC: typing.Any = {  # matplotlib's settings
     "lines.markeredgewidth": 0.5,
     "grid.color": "#e8e8e8",
     "legend.frameon": False,
-    "svg.hashsalt": "figures",  # with METADATA: the same input gives the same bytes
 }
-METADATA: dict[str, dict[str, typing.Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
+METADATA: typing.Any = {"Software": None}  # the same input gives the same bytes, whatever draws it
 DPI = 160
 
 
@@ -163,16 +162,14 @@ def write_tables(entries: Sequence[Entry], output: pathlib.Path) -> str:
 
 
 def write_chart(name: str, chart: Chart, output: pathlib.Path) -> list[str]:
-    """Writes the figure if there are points for it, prints what is missing if not, returns the files."""
+    """Writes the figure if there are points for it, prints what is missing if not, returns the file."""
     chart = dataclasses.replace(chart, panels={title: lines for title, lines in chart.panels.items() if lines})
     if not chart.panels:
         print(f"left out {name}: it needs {chart.needs}")
         return []
     with matplotlib.rc_context(RC):
-        figure = render(chart)
-        for suffix, metadata in METADATA.items():
-            figure.savefig(output / f"{name}.{suffix}", dpi=DPI, metadata=metadata)
-    return [str(output / f"{name}.{suffix}") for suffix in METADATA]
+        render(chart).savefig(output / f"{name}.png", dpi=DPI, metadata=METADATA)
+    return [str(output / f"{name}.png")]
 
 
 # ---------------------------------------------------------------- command line

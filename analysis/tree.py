@@ -56,6 +56,7 @@ def search_tree(rollout: Rollout, lanes: Sequence[Lane], tokenizer: Tokenizer) -
     states = [State(list(problem.numbers), "", -1, 0, 0, node="0", answer=bool(answer))]
 
     def add(path: tuple[str, ...], numbers: tuple[int, ...], writer: int) -> State:
+        """The state at a path, entered if it is new."""
         if path not in index:
             before = next(path[:i] for i in reversed(range(len(path))) if path[:i] in index)
             parent, reason = index[before], grade_steps(problem, path).reason
@@ -104,6 +105,7 @@ def _place(states: list[State], children: list[list[int]]) -> None:
     free = itertools.count()
 
     def place(i: int) -> float:
+        """Sets and returns the row of state i, after those of its children."""
         results = [child for child in children[i] if len(states[child].numbers) == 1 and not children[child]]
         rows = [place(child) for child in children[i] if child not in results]
         if results or not rows:

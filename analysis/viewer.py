@@ -54,6 +54,7 @@ def rollout_from_json(value: typing.Any, vocab_size: int, problem: Callable[[typ
     """The inverse of `dataclasses.asdict`; `problem` reads the problem. Raises ValueError where it can be no record."""
 
     def call(value: typing.Any, before: int) -> Call:
+        """A call of a thread that had `before` ids until then. Raises ValueError."""
         result = Call(**_fields(value, "a call", keep=int, injected=list, sampled=list, logprobs=list, stop=str))
         if not all(type(token) is int and 0 <= token < vocab_size for token in result.injected + result.sampled):
             raise ValueError(f"the ids of a call must be integers from 0 to {vocab_size - 1}")
@@ -62,6 +63,7 @@ def rollout_from_json(value: typing.Any, vocab_size: int, problem: Callable[[typ
         return result
 
     def thread(value: typing.Any) -> Thread:
+        """A thread and its descendants. Raises ValueError."""
         fields = _fields(value, "a thread", path=list, calls=list, spawns=list, detail=str)
         result = Thread(tuple(fields["path"]), detail=fields["detail"])
         for stored in fields["calls"]:

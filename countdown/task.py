@@ -253,6 +253,7 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
     """The `Rollout` the runtime would have recorded, had the model of `task` written `trace`."""
 
     def thread(trace: Trace, prompt: list[int], path: tuple[int, ...]) -> Thread:
+        """The thread of a trace and, below it, its children."""
         result = Thread(path)
         keep, injected = 0, prompt
         context: list[int] = []

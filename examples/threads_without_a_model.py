@@ -149,7 +149,7 @@ class ScriptedEngine:
 
 
 def logprobs(of: Sequence[int]) -> list[float]:
-    """Made-up log-probs that on_rollout ids apart."""
+    """Made-up log-probs that tell ids apart."""
     return [-float(id_) for id_ in of]
 
 
@@ -157,6 +157,7 @@ def main() -> None:
     """Runs the story and prints every call as it stops, then the costs."""
 
     def show(thread: Thread) -> None:
+        """Prints the last call of a thread."""
         call = thread.calls[-1]
         name = f"child {thread.path[-1]}" if thread.path else "parent"
         print(f"{name:8} {text(call.injected)!r:24} -> {text(call.sampled)!r:28} stopped by {call.stop}")

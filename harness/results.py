@@ -77,9 +77,7 @@ class Evaluation:
 
     def headline(self) -> dict[str, typing.Any]:
         """All fields but the results of single rollouts."""
-        fields = dataclasses.asdict(dataclasses.replace(self, results=[]))
-        del fields["results"]
-        return fields
+        return {name: value for name, value in vars(self).items() if name != "results"}
 
 
 def read(value: typing.Any, where: str) -> Evaluation:

@@ -22,6 +22,7 @@ def show(rollout: Rollout, language: Language) -> str:
     parts = []
 
     def visit(thread: Thread) -> None:
+        """Shows a thread, and its children between the calls that spawned and joined them."""
         spawns = iter(thread.spawns)
         for number, call in enumerate(thread.calls):
             parts.append(show_call(thread, number, language))
