@@ -43,11 +43,20 @@ def one_of(*choices: str) -> Bound:
     return Bound(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
+SEED = within(0, 2**32 - 1)
 FRACTION = Bound(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
+KINDS: dict[typing.Any, Bound] = {
+    bool: Bound(lambda value: isinstance(value, bool), "true or false"),
+    int: Bound(lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: Bound(lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+    str: Bound(lambda value: isinstance(value, str), "a word"),
+}
+
+
 class Checked:
-    """Base of frozen dataclasses: checks every bounded field, then the relations between fields.
+    """Base of frozen dataclasses: checks every plain or bounded field, then the relations between fields.
 
     Raises ValueError that names the field, its value and the bound.
     """
@@ -57,7 +66,8 @@ class Checked:
     def __post_init__(self) -> None:
         for name, bound in _bounds(typing.cast(typing.Hashable, type(self))):
             value = getattr(self, name)
-            require(bound.allows(value), f"{self.section}.{name}={value!r} must be {bound.words}")
+            shown = repr(value) if len(repr(value)) < 80 else f"{value!r:.80}..."
+            require(bound.allows(value), f"{self.section}.{name}={shown} must be {bound.words}")
         self.check()
 
     def check(self) -> None:
@@ -67,8 +77,12 @@ class Checked:
 @functools.cache
 def _bounds(kind: typing.Hashable) -> list[tuple[str, Bound]]:
     hints = typing.get_type_hints(typing.cast(type, kind), include_extras=True)
-    found = [(name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ())]
-    return [(name, extra) for name, extra in found if isinstance(extra, Bound)]
+    found = []
+    for name, hint in hints.items():
+        plain, *extras = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        found += [(name, KINDS[plain])] if plain in KINDS else []
+        found += [(name, extra) for extra in extras if isinstance(extra, Bound)]
+    return found
 
 
 def require(condition: bool, message: str) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from checks import Bound, Checked, at_least, require
+from checks import Bound, Checked, at_least, require, within
 from model import Decoder, ModelConfig, Past
 
 REFILL_ONE_IN = 4  # a burst ends when one in so many of its rows is done, decoding when one in so many of all is
@@ -33,8 +33,8 @@ class SamplerConfig(Checked):
     """How many rows there are and how they are sampled. Raises ValueError on values that cannot work."""
 
     section = "sampler"
-    rows: Annotated[int, at_least(1)]  # threads decoded side by side, over all devices of a process
-    steps_per_call: Annotated[int, at_least(1)]  # most decode steps per device call
+    rows: Annotated[int, within(1, 1 << 16)]  # threads decoded side by side, over all devices of a process
+    steps_per_call: Annotated[int, within(1, 1 << 12)]  # most decode steps per device call
     length_bucket: Annotated[int, at_least(1)]  # histories are viewed in multiples of this many slots
     max_gathered_slots: Annotated[int, at_least(1)]  # rows x length of a device call: few fit the cache of a CPU
     temperature: Annotated[float, at_least(0)]  # of the policy; 0 is greedy
@@ -116,12 +116,13 @@ def sample(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConf
     # Rounding can leave the cumulative sum not quite monotone: ids of probability 0 are excluded explicitly.
     cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
     u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
-    ids_B = jnp.argmax(cumulative_BV > u_B[:, None], axis=-1).astype(jnp.int32)
+    ids_B = jnp.argmax(cumulative_BV >= u_B[:, None], axis=-1).astype(jnp.int32)
     return ids_B, _pick(logp_BV, ids_B)
 
 
 def _uniform(key_2: Array, number: Array) -> Array:
-    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), number))
+    """A number above 0 and at most 1: 0 would choose the first id, however improbable."""
+    return 1 - jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), number))
 
 
 def _pick(x_BV: Array, ids_B: Array) -> Array:

@@ -58,7 +58,7 @@ def read_problems(path: str, domain: Domain) -> list[typing.Any]:
     with usage_errors():
         try:
             entries = json.loads(pathlib.Path(path).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not JSON: {error}") from error
         if not isinstance(entries, list) or not entries:
             raise UsageError(f"{path} must hold a list of {domain.example}")

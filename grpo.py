@@ -40,6 +40,7 @@ from harness.build import Parts, build
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
 from harness.processes import launch
+from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, holds_parameters, load_best, read_config
 from objective import ADVANTAGES, AGGREGATES, GrpoConfig, Totals, grpo_loss, reward
@@ -149,8 +150,9 @@ class Trainer:
         self.config = config = GrpoConfig(**self.parts.config.grpo)
         self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
         self.problem = 0
-        model, mesh, loss = self.parts.model, self.parts.mesh, grpo_loss(config)
-        self.train_step = make_train_step(model, self.parts.optimizer, loss, mesh, config.temperature)
+        self.loss, self.temperature, self.batch = grpo_loss(config), config.temperature, None
+        model, mesh = self.parts.model, self.parts.mesh
+        self.train_step = make_train_step(model, self.parts.optimizer, self.loss, mesh, config.temperature)
         self.score = make_score(model, mesh, config.temperature)
 
     def resume(self, cursor: int | None) -> None:
@@ -169,6 +171,7 @@ class Trainer:
         rolled, sampling = time.perf_counter(), self.pool.seconds(temperature)
         values = describe(collected) | {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
         values["rollout_seconds"] = rolled - began
+        self.batch = None
         if config.dead_groups != "keep":
             collected = collected.with_signal()
         return self._update(state, collected, values) if collected.groups else (state, values)
@@ -183,7 +186,7 @@ class Trainer:
         rows = pad_microbatches(pack(make_segments(collected, config, context), context), rows_per_pass)
         drawn = to_microbatches(lay_out(rows, context), rows_per_pass)  # with the sampler's log-probs
         packed = time.perf_counter()
-        batch = self._scored(state, drawn)
+        self.batch = batch = self._scored(state, drawn)
         scored = time.perf_counter()
         state, metrics, trainer = self.train_step(state, batch)
         for _ in range(config.updates - 1):
@@ -290,9 +293,12 @@ def main(_: list[str]) -> None:
     origin = f"{start} (step {result['step']})"
     print(f"{config.name}: from {origin}, {config.grpo.steps} steps, in {workdir.path}", flush=True)
     pool = RolloutPool(parts)
+    if flags.FLAGS.replay:
+        return replay(parts, workdir, Trainer(pool, params))
     train(pool, workdir, params)
     best, result = load_best(workdir.path, parts.param_shapes())
     report(pool, best, parts.test_set(), workdir.path, result["step"])
+    return None
 
 
 def define_flags() -> None:
@@ -300,6 +306,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", "configs/grpo.py", "Recipe, with an optional :preset.")
     flags.DEFINE_string("init", None, "Supervised run to start from (default: APR's of the preset, own or shipped).")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
+    flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from checks import Checked, above, at_least, one_of, require
+from checks import Checked, above, at_least, one_of, require, within
 
 NORM_EPSILON = 1e-6
 HIDDEN = -1e30  # score of what must not be seen; finite, so that a row that sees nothing stays free of NaN
@@ -55,13 +55,13 @@ class ModelConfig(Checked):
 
     section = "model"
     vocab_size: Annotated[int, at_least(1)]
-    width: Annotated[int, at_least(1)]
-    layers: Annotated[int, at_least(1)]
-    heads: Annotated[int, at_least(1)]
+    width: Annotated[int, within(1, 1 << 15)]
+    layers: Annotated[int, within(1, 200)]
+    heads: Annotated[int, within(1, 1 << 10)]
     kv_heads: Annotated[int, at_least(1)]
-    head_width: Annotated[int, at_least(1)]
-    mlp_width: Annotated[int, at_least(1)]
-    context: Annotated[int, at_least(1)]  # longest row
+    head_width: Annotated[int, within(1, 1 << 10)]
+    mlp_width: Annotated[int, within(1, 1 << 17)]
+    context: Annotated[int, within(1, 1 << 17)]  # longest row
     rope_theta: Annotated[float, above(0)]
     tied: bool  # the head is the transposed embedding
     dtype: Annotated[str, one_of("float32", "bfloat16")]  # of the computation; parameters are float32

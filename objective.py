@@ -133,11 +133,11 @@ class GrpoConfig(Checked):
     old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
     tis_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
     dead_groups: Annotated[str, one_of("keep", "drop", "refill")]  # groups of equal rewards
-    acceleration: float
-    acceleration_cap: float
-    thread_penalty: float
-    token_penalty: float
-    token_budget: float
+    acceleration: Annotated[float, at_least(0)]
+    acceleration_cap: Annotated[float, at_least(0)]
+    thread_penalty: Annotated[float, at_least(0)]
+    token_penalty: Annotated[float, at_least(0)]
+    token_budget: Annotated[float, at_least(0)]
 
     def check(self) -> None:
         """Checks the importance weights."""

@@ -35,6 +35,7 @@ from harness.build import Parts, build
 from harness.cli import usage_errors
 from harness.evaluation import report
 from harness.processes import launch
+from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
 from packing import Segment, TokenBatch, lay_out, take_row, to_microbatches
@@ -125,11 +126,14 @@ class Imitation:
     """The `loop.Stage` of supervised training."""
 
     validates_start = False
+    temperature = 1.0
+    batch: TokenBatch | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.steps = parts, parts.config.optimizer.steps
         self.log_every, self.eval_every = parts.train.log_every, parts.train.eval_every
-        self.train_step = make_train_step(parts.model, parts.optimizer, sft_loss, parts.mesh)
+        self.loss = sft_loss
+        self.train_step = make_train_step(parts.model, parts.optimizer, self.loss, parts.mesh)
         self.stream: DemonstrationStream
 
     def resume(self, cursor: dict[str, typing.Any] | None) -> None:
@@ -142,7 +146,8 @@ class Imitation:
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Array]]:
         """One update on the next batch."""
-        state, metrics, _ = self.train_step(state, self.stream.next())
+        self.batch = self.stream.next()
+        state, metrics, _ = self.train_step(state, self.batch)
         return state, metrics
 
     def summary(self, pending: list[dict[str, float]], seconds: float) -> loop.Values:
@@ -182,16 +187,20 @@ def main(_: list[str]) -> None:
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     size = f"{parts.parameter_count() / 1e6:.2f}M parameters"
     print(f"{config.name}: {size}, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
+    if flags.FLAGS.replay:
+        return replay(parts, workdir, Imitation(parts))
     pool = RolloutPool(parts)
     train(pool, workdir, start_params)
     params, result = load_best(workdir.path, parts.param_shapes())
     report(pool, params, parts.test_set(), workdir.path, result["step"])
+    return None
 
 
 def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", "configs/apr.py", "Recipe, with an optional :preset.")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
+    flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
 
 
 if __name__ == "__main__":

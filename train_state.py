@@ -54,7 +54,7 @@ class TokenStats(typing.NamedTuple):
 
     logp: Array  # log-probability of the token given those before it
     entropy: Array  # of the distribution the token was drawn from, nats
-    is_argmax: Array  # bool: the token was the most likely one
+    is_argmax: Array  # bool: the token was the most likely one; of equal ones the first is
 
 
 LossFn = Callable[[TokenStats, TokenBatch], tuple[Array, dict[str, Array]]]
@@ -196,7 +196,7 @@ def token_stats(model: Decoder, params: typing.Any, batch: TokenBatch, temperatu
     fixed = jax.lax.stop_gradient(logits[:, :-1])  # entropy and rank are metrics only: no gradient
     logsum = jax.nn.logsumexp(fixed, axis=-1)
     entropy = logsum - jnp.sum(jnp.exp(fixed - logsum[..., None]) * fixed, axis=-1)
-    top = jnp.take_along_axis(fixed, batch.tokens[:, 1:, None], axis=-1)[..., 0] >= fixed.max(axis=-1)
+    top = jnp.argmax(fixed, axis=-1) == batch.tokens[:, 1:]
     first = ((0, 0), (1, 0))
     return TokenStats(token_logprobs(logits, batch.tokens), jnp.pad(entropy, first), jnp.pad(top, first))
 

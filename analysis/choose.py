@@ -38,7 +38,7 @@ class Log(typing.NamedTuple):
 def _json(text: str, where: str) -> typing.Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON: {error}") from error
 
 

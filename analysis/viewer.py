@@ -27,6 +27,7 @@ from protocols import Language
 from records import Call, Grade, Rollout, Thread
 
 TEMPLATE = pathlib.Path(__file__).parent / "viewer.html"
+MAX_DEPTH = 50  # of threads in a trace file
 PLACEHOLDER = "{{DATA}}"  # in the template
 STOPPED = {
     records.END: "ended by itself",
@@ -62,13 +63,15 @@ def rollout_from_json(value: typing.Any, vocab_size: int, problem: Callable[[typ
             raise ValueError(f"a call cannot keep {result.keep} of {before} ids, or cannot stop by {result.stop!r}")
         return result
 
-    def thread(value: typing.Any) -> Thread:
+    def thread(value: typing.Any, depth: int = 0) -> Thread:
         """A thread and its descendants. Raises ValueError."""
         fields = _fields(value, "a thread", path=list, calls=list, spawns=list, detail=str)
         result = Thread(tuple(fields["path"]), detail=fields["detail"])
+        if len(result.path) != 2 * depth or not all(type(number) is int for number in result.path) or depth > MAX_DEPTH:
+            raise ValueError(f"a thread has two numbers of a path per level, and at most {MAX_DEPTH} levels above it")
         for stored in fields["calls"]:
             result.calls.append(call(stored, len(result.ids())))
-        result.spawns = [[thread(child) for child in children] for children in fields["spawns"]]
+        result.spawns = [[thread(child, depth + 1) for child in children] for children in fields["spawns"]]
         stops = [call.stop for call in result.calls]
         forced = {records.END, records.THREAD_TOKENS}  # a root may go on after these
         goes_on = {records.SPAWN} if result.path else {records.SPAWN, *forced}
@@ -109,7 +112,7 @@ def read_trace(path: str) -> Trace:
             language = domain.read_language(facts)
             rollout = rollout_from_json(fields["rollout"], language.vocab_size, domain.from_json)
             return Trace(rollout, facts["method"], fields["task"], language)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UsageError(f"{path} is no trace file of evaluate.py --record or solver.py --json: {error}") from error
 
 

@@ -27,6 +27,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+MAX_NUMBER_LIMIT = 100_000
 PAD_ID = 0  # fills rows; decodes to nothing
 END_ID = 1  # ends a thread; no text encodes to it
 
@@ -62,9 +63,10 @@ class Tokenizer:
     """
 
     def __init__(self, number_limit: int):
-        """Numbers below `number_limit` are one token; raises ValueError if it is below 10 (digits are needed)."""
-        if number_limit < 10:
-            raise ValueError(f"number_limit must be at least 10 (every digit is a token), not {number_limit}")
+        """Numbers below `number_limit` are one token; raises ValueError unless it is from 10 to `MAX_NUMBER_LIMIT`."""
+        if not 10 <= number_limit <= MAX_NUMBER_LIMIT:
+            allowed = f"from 10 (every digit is a token) to {MAX_NUMBER_LIMIT}"
+            raise ValueError(f"number_limit must be {allowed}, not {number_limit}")
         self.number_limit = number_limit
         self._texts = ["", "<|end|>", *map(str, range(number_limit)), *PHRASES]
         self._ids = {text: i for i, text in enumerate(self._texts) if i > END_ID}

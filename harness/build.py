@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from checks import Checked, at_least, one_of, require
+from checks import SEED, Checked, at_least, one_of, require, within
 from decoding import SamplerConfig
 from harness.tasks import part
 from model import Decoder, ModelConfig
@@ -31,7 +31,7 @@ class TrainConfig(Checked):
     """How many rows an update sees, and when a run logs and validates."""
 
     section = "train"
-    rows: Annotated[int, at_least(1)]  # per update: a row is packed with threads up to model.context
+    rows: Annotated[int, within(1, 1 << 16)]  # per update: a row is packed with threads up to model.context
     micro_rows: Annotated[int, at_least(1)]  # most rows per forward pass on a device
     overlong: Annotated[str, one_of("drop", "cut")]  # demonstrations that do not fit the context
     log_every: Annotated[int, at_least(1)]
@@ -57,7 +57,7 @@ class EvaluationConfig(Checked):
     problems: Annotated[int, at_least(1)]  # held out
     samples: Annotated[int, at_least(1)]  # rollouts of each problem, for pass@k and cons@k
     concurrent: Annotated[int, at_least(0)]  # rollouts in flight; 0 is all, 1 measures latency
-    seed: int  # of the draws; the problems are always the same
+    seed: Annotated[int, SEED]  # of the draws; the problems are always the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,15 @@ class Parts:
 
 def build(config: ConfigDict) -> Parts:
     """The objects of a configuration. Raises ValueError, naming the field, on values that cannot work."""
+    try:
+        return _build(config)
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"a field of the configuration is missing, unknown or of another kind: {text}") from error
+
+
+def _build(config: ConfigDict) -> Parts:
+    require(type(config.seed) is int and SEED.allows(config.seed), f"seed={config.seed!r} must be {SEED.words}")
     domain: Domain = part(config.task, "domain")(config)
     model = ModelConfig(vocab_size=domain.language.vocab_size, **config.model)
     settings = dict(config.sampler)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import sys
 import time
 import typing
@@ -15,6 +17,43 @@ from absl import app, flags, logging
 
 class UsageError(Exception):
     """A mistake of the user. The message is one sentence with the value and the remedy."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command in good order."""
+
+    def __init__(self, number: int, message: str = "stopped") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Notes Ctrl-C and SIGTERM in a list, so that the block can end when it is ready. A second one ends it at once."""
+    noted: list[int] = []
+
+    def note(number: int, _: typing.Any) -> None:
+        if noted:
+            raise Stopped(number)
+        noted.append(number)
+        print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+
+    with _handled(note):
+        yield noted
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, typing.Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _stop(number: int, _: typing.Any) -> typing.NoReturn:
+    raise Stopped(number)
 
 
 @contextlib.contextmanager
@@ -40,7 +79,7 @@ def launch(
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-        with _one_sentence():
+        with _one_sentence(), _handled(_stop):
             prepare()
             main(argv)
 
@@ -54,11 +93,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Ends the process with status 2 and one line on stderr after a UsageError."""
+    """Ends the process with one line on stderr: status 2 after a UsageError or a failing disk, 128 + N by signal N."""
     try:
         yield
     except UsageError as error:
         _fail(str(error))
+    except BrokenPipeError:  # as of `| head`; nothing is left to print to, not even when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}: make room or choose another place, then go on")
+    except KeyboardInterrupt as stop:
+        told = stop if isinstance(stop, Stopped) else stop.__cause__
+        number = told.number if isinstance(told, Stopped) else signal.SIGINT
+        _fail(f"{told or 'stopped'}: run the same command again to go on", 128 + number)
 
 
 @contextlib.contextmanager
@@ -73,19 +121,20 @@ def _config_errors() -> Iterator[None]:
         raise UsageError(text) from error
     except OSError as error:  # the recipe does not exist
         raise UsageError(" ".join(str(error).split())) from error
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         field = re.search(r"'(\w+)\\?'", str(error))
         named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
         if not named:
-            raise
+            given, reason = [arg for arg in sys.argv[1:] if "config" in arg], " ".join(str(error).split())
+            raise UsageError(f"{', '.join(given) or 'the config'} cannot be read ({reason[:200]})") from error
         guess = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
         raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error
 
 
-def _fail(message: str) -> typing.NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, status: int = 2) -> typing.NoReturn:
+    print(message if status > 128 else f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 class Progress:

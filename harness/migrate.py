@@ -1,9 +1,10 @@
-"""Converts runs of the older format in place: their config.json, eval.json and metrics.jsonl.
+"""Converts runs of the older format in place: their config.json, eval.json, metrics.jsonl and checksums.
 
     python -m harness.migrate RUN [RUN ...]
 
 The old format kept the temperature of the policy in the model, had no field `task`, and other names (`CONFIG`). The
-parameters stay as they are. Files that are converted already are left alone.
+parameters stay as they are; checkpoints get the checksums that they lack. Files that are converted already are left
+alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
+
+from harness import files
 
 Json = dict[str, typing.Any]
 
@@ -92,15 +95,19 @@ def log(old: Json) -> Json:
 
 def migrate(path: pathlib.Path) -> list[str]:
     """Converts the files of a run, and returns their names. Raises ValueError if there is no run."""
-    files = {name: path / name for name in ("config.json", "eval.json", "metrics.jsonl")}
-    if not any(file.exists() for file in files.values()):
-        raise ValueError(f"{path} holds no run: no {', '.join(files)}")
+    texts = {name: path / name for name in ("config.json", "eval.json", "metrics.jsonl")}
+    if not any(file.exists() for file in texts.values()):
+        raise ValueError(f"{path} holds no run: no {', '.join(texts)}")
     done = []
-    for name, file in files.items():
+    for name, file in texts.items():
         text = file.read_text() if file.exists() else ""
         if (converted := _converted(name, text)) not in ("", text):
-            file.write_text(converted)
+            files.replace(file, converted.encode())
             done.append(name)
+    for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):
+        if folder.name.isdecimal() and not (folder / files.CHECKSUMS).exists():
+            files.sign(folder)
+            done.append(f"{folder.relative_to(path)}/{files.CHECKSUMS}")
     return done
 
 

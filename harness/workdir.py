@@ -5,10 +5,12 @@ A workdir holds
     config.json      every hyper-parameter of the run
     metrics.jsonl    one JSON object per logged step
     events.out.*     the same numbers for TensorBoard
-    checkpoints/     the latest full state (parameters, optimizer, data cursor): a killed run resumes from it
+    checkpoints/     the last two full states (parameters, optimizer, data cursor): a killed run resumes from them
     best/            the parameters with the best validation accuracy so far: evaluation and GRPO start from them
+    failed/          parameters and batch of the step that stopped the run, if one did (`harness.replay`)
 
-A directory that holds a run of another configuration is refused and never overwritten.
+A directory that holds a run of another configuration, or that another process writes to, is refused and never
+overwritten. After a failed step alone, the optimizer may change. Every file that is rewritten is replaced whole.
 
 Several processes (`--distributed`) share one directory. Each process saves and restores the arrays that it
 holds. The first process alone writes the other files.
@@ -19,17 +21,19 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
+import sys
 import typing
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from harness import huggingface
+from harness import files, huggingface
+from harness.checkpoints import Checkpoints
 from harness.cli import UsageError
 
 PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained" / "apr"  # the shipped run that commands start from
@@ -45,55 +49,89 @@ class Workdir:
         """
         self.path = pathlib.Path(path).absolute()
         self._first = jax.process_index() == 0
+        self._latest = Checkpoints(self.path / "checkpoints", "state", "extra")
+        self._best = Checkpoints(self.path / "best", "params", "result")
+        self._failed = Checkpoints(self.path / "failed", "step", "extra")
         wanted = json.loads(config.to_json())
         try:
             if huggingface.holds_model(self.path):
                 raise UsageError(f"{path} holds an exported model and no run: choose another --workdir")
             if (self.path / "config.json").exists():
-                if changed := sorted(_differences(read_config(self.path), wanted)):
+                changed = sorted(_differences(read_config(self.path), wanted))
+                if changed and not self._mends(changed):
                     raise UsageError(
                         f"{path} holds a run with another configuration ({', '.join(changed)}): "
                         "choose another --workdir, or remove that one"
                     )
-            elif self.path.exists() and any(self.path.iterdir()):
+            elif self.path.exists() and any(not files.is_scrap(path) for path in self.path.iterdir()):
                 raise UsageError(f"{path} is not empty and holds no run: choose another --workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise UsageError(f"{path} cannot be written: choose another --workdir")
+            if self._first:
+                files.lock(self.path)
             multihost_utils.sync_global_devices("everyone has looked")
             write_json(self.path / "config.json", wanted)
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error}): choose another --workdir") from error
-        self._latest = _manager(self.path / "checkpoints", "state", "extra")
-        self._best = _manager(self.path / "best", "params", "result")
         self._writer: SummaryWriter | None = None
 
+    def _mends(self, changed: list[str]) -> bool:
+        """Whether the changes are of the optimizer alone, and this very configuration came to a step that failed."""
+        failed = self._failed
+        if not all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) or not failed.steps():
+            return False
+        step = failed.steps()[-1]
+        return not failed.damage(step) and failed.values(step)["config"] == read_config(self.path)
+
     def save(self, step: int, state: typing.Any, extra: dict) -> None:
-        """Saves the full state after `step` updates, with JSON data (the data cursor), and drops the one before."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
-        self._latest.save(step, args=args)
+        """Saves the full state after `step` updates, with JSON data (the data cursor); the last two are kept."""
+        self._latest.save(step, state, extra)
 
     def restore(self, like: typing.Any) -> tuple[typing.Any, dict] | None:
         """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir.
 
-        Raises UsageError if there are best parameters but no state: starting again would overwrite them.
+        A damaged state is passed over with a note. What was logged and found best after the state is dropped.
+        Raises UsageError if no state is whole, or if there are best parameters but no state: starting again would
+        overwrite them.
         """
-        if (step := self._latest.latest_step()) is None:
-            if self._best.latest_step() is not None:
-                raise UsageError(f"{self.path} holds a run without its checkpoints: choose another --workdir")
-            self._forget_after(0)
-            return None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
-        restored = self._latest.restore(step, args=args)
-        self._forget_after(step)
-        return restored.state, restored.extra
+        steps = self._latest.steps()
+        if not steps and self._best.steps():
+            raise UsageError(f"{self.path} holds a run without its checkpoints: choose another --workdir")
+        while steps and (wrong := self._latest.damage(steps[-1])):
+            if len(steps) == 1:
+                raise UsageError(wrong)
+            print(f"note: {wrong}; going on from the checkpoint before it, {steps[-2]}", file=sys.stderr, flush=True)
+            steps.pop()
+        step = steps[-1] if steps else -1
+        if self._first:
+            self._forget_after(step)
+        return self._latest.load(step, like) if steps else None
 
     def save_best(self, step: int, params: typing.Any, result: dict) -> None:
         """Keeps these parameters as the best so far; `result` says how good they are."""
-        for later in [other for other in self._best.all_steps() if other >= step]:  # of before the run was resumed
-            self._best.delete(later)
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params), result=ocp.args.JsonSave(result))
-        self._best.save(step, args=args)
+        self._best.save(step, params, result)
+        self._forget_best_after(step)
+
+    def save_failed(self, step: int, tree: typing.Any, reason: str) -> None:
+        """Keeps what it takes to run a step again that failed: its parameters and its batch."""
+        config = json.loads((self.path / "config.json").read_text())
+        self._failed.save(step, tree, {"reason": reason, "config": config})
+
+    def load_failed(self) -> tuple[int, typing.Any, str]:
+        """The step that failed, its parameters and batch as host arrays, and what was not finite.
+
+        Raises UsageError if none failed.
+        """
+        failed = self._failed
+        if not failed.steps():
+            raise UsageError(f"no step has failed in {self.path}: there is nothing to replay")
+        step = failed.steps()[-1]
+        if wrong := failed.damage(step):
+            raise UsageError(wrong)
+        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), failed.shapes(step))
+        tree, extra = failed.load(step, like)
+        return step, tree, extra["reason"]
 
     def log(self, step: int, values: dict) -> None:
         """Appends numbers to metrics.jsonl and to TensorBoard."""
@@ -109,26 +147,41 @@ class Workdir:
         self._writer.flush()
 
     def _forget_after(self, step: int) -> None:
-        """Drops log lines later than the checkpoint: the resumed run writes them again."""
+        """Drops the log lines and the best later than the checkpoint: the resumed run finds them again."""
+        self._forget_best_after(step)
         log = self.path / "metrics.jsonl"
-        if self._first and log.exists():
-            whole = [line for line in log.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
-            log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        if log.exists():
+            kept = [json.dumps(line) + "\n" for line in read_log(log) if line["step"] <= step]
+            files.replace(log, "".join(kept).encode())
+
+    def _forget_best_after(self, step: int) -> None:
+        if self._first:
+            for later in [other for other in self._best.steps() if other > step]:
+                self._best.delete(later)
 
 
-def _manager(path: pathlib.Path, arrays: str, json: str) -> ocp.CheckpointManager:
-    """Keeps the newest checkpoint, which holds a tree of arrays and a JSON object under these names."""
-    handlers = {arrays: ocp.StandardCheckpointHandler(), json: ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(path, options=options, item_names=(arrays, json), item_handlers=handlers)
+def read_log(path: pathlib.Path) -> list[dict[str, typing.Any]]:
+    """The lines of a metrics.jsonl. A kill may have cut the last one, which does not count.
+
+    Raises UsageError that names the first line that is damaged.
+    """
+    lines = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["step"], int)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole:
+            raise UsageError(f"{path}, line {number}, is damaged: restore the file, or remove that line")
+        lines.append(line)
+    return lines
 
 
 def write_json(path: pathlib.Path, value: typing.Any) -> None:
     """Writes a file, whole or not at all; of several processes the first does."""
     if jax.process_index() == 0:
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        temporary.replace(path)
+        files.replace(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 # The next three functions also read a folder that `python -m harness.export` wrote.
@@ -148,9 +201,11 @@ def read_config(path: str | os.PathLike) -> dict:
         raise UsageError(f"{path} holds no run (no config.json): train one with `python sft.py --workdir={path}`")
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read ({error}): restore it, or choose another --workdir") from error
-    if "temperature" in config.get("model", {}):  # the mark of the older format
+    if isinstance(config.get("model"), dict) and "temperature" in config["model"]:  # the mark of the older format
         raise UsageError(f"{path} holds a run of an older format: convert it with `python -m harness.migrate {path}`")
     return config
 
@@ -162,22 +217,19 @@ def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, di
     """
     if huggingface.holds_model(path):
         return huggingface.load(path, like)
-    root = pathlib.Path(path).absolute() / "best"
-    step = None
-    if root.is_dir():
-        manager = _manager(root, "params", "result")
-        step = manager.latest_step()
-    if step is None:
+    best = Checkpoints(pathlib.Path(path).absolute() / "best", "params", "result")
+    if not best.steps():
         raise UsageError(f"{path} holds no checkpoint yet: let its training reach the first evaluation")
-    shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), manager.item_metadata(step)["params"].tree)
+    step = best.steps()[-1]
+    if wrong := best.damage(step):
+        raise UsageError(wrong)
+    shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), best.shapes(step))
     wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), like)
     if changed := sorted(_differences(shapes, wanted)):
         raise UsageError(f"the checkpoint in {path} does not fit the model ({', '.join(changed)}): use its own config")
     # As host arrays: on whatever devices, and by however many processes, the checkpoint was written.
-    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(host), result=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=args)
-    return restored.params, {**restored.result, "step": step}
+    params, result = best.load(step, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like))
+    return params, {**result, "step": step}
 
 
 def _differences(left: typing.Any, right: typing.Any, name: str = "") -> Iterator[str]:

@@ -222,3 +222,12 @@ def test_arrows_between_folders_point_down_only() -> None:
             assert ours <= allowed_by_harness | {other for other in ours if other.startswith("harness.")}, name
         if name in CORE:
             assert not {other for other in ours if other.startswith(("examples.", "tests."))}, name
+
+
+def test_ci_installs_one_version_of_every_package_that_is_declared() -> None:
+    """From registries alone: no path, no host."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines), lines
+    locked = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in declared("tests")} <= locked
+    assert "-c constraints.txt" in (ROOT / ".ci" / "run").read_text()

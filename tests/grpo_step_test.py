@@ -120,6 +120,26 @@ def test_without_a_kl_term_the_reference_is_never_scored(compilation_cache, monk
     assert "kl" not in values and np.isfinite(values["loss"])
 
 
+def test_the_reference_stays_the_start(compilation_cache):
+    """In the second step the policy has moved, and the penalty still pulls towards where it came from."""
+    trainer, batches, (state, _) = stepped(first_is_right, optimizer__learning_rate=1e-2)
+    start = jax.device_get(trainer.reference)
+    trainer.step(state, 2)
+    batch = batches[1]
+    np.testing.assert_array_equal(batch.ref_logp, trainer.score(start, batch))
+    moved = np.asarray(trainer.score(state.params, batch))
+    assert np.abs(batch.ref_logp - moved)[batch.sampled].max() > 1e-3
+
+
+def test_the_clipped_share_is_of_the_tokens_whose_ratio_leaves_the_range(compilation_cache):
+    """Rollouts of a policy that gave every id far less: all ratios are above 1.2, which clips the gains alone."""
+    trainer, (batch,), (_, values) = stepped(first_is_right, grpo__clip_low=0.2, grpo__clip_high=0.2)
+    ratio = np.exp(np.asarray(trainer.score(trainer.reference, batch)) - batch.old_logp)
+    above, below = (ratio > 1.2) & (batch.advantage > 0), (ratio < 0.8) & (batch.advantage < 0)
+    assert values["clip_share"] == pytest.approx((batch.sampled & (above | below)).sum() / batch.sampled.sum(), abs=0.01)
+    assert 0.05 < values["clip_share"] < 0.95
+
+
 def test_the_loss_is_that_of_the_policys_temperature(compilation_cache):
     """Log-probs at a temperature of 0.5 are those of doubled logits: further apart than at 1."""
     gaps = []

@@ -305,10 +305,18 @@ def test_draws_follow_the_distribution(by_key):
 
 def test_ids_of_probability_zero_are_never_drawn(monkeypatch):
     logits = jnp.asarray([[-np.inf, 2.0, -np.inf, 1.0, 0.0, -np.inf]])
-    for u, expected in [(0.0, 1), (0.66, 1), (0.67, 3), (0.9, 3), (0.92, 4), (1 - 2**-23, 4)]:
+    for u, expected in [(2**-23, 1), (0.66, 1), (0.67, 3), (0.9, 3), (0.92, 4), (1.0, 4)]:
         monkeypatch.setattr(decoding, "_uniform", lambda key, number, u=u: jnp.float32(u))
         ids, _ = decoding.sample(logits, jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), settings())
         assert int(ids[0]) == expected
+
+
+def test_a_uniform_number_of_zero_does_not_draw_the_first_id(monkeypatch):
+    """One in 2^23 of them is zero, and padding comes first: drawn then, it would have some 1e-9 of the draws."""
+    logits = jnp.asarray([[-20.0, 2.0, 1.0]])
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(0))
+    ids, _ = decoding.sample(logits, jnp.zeros((1, 2), jnp.uint32), jnp.zeros(1, jnp.int32), settings())
+    assert int(ids[0]) == 2
 
 
 def test_rounding_does_not_draw_ids_of_probability_zero(monkeypatch):
@@ -316,7 +324,7 @@ def test_rounding_does_not_draw_ids_of_probability_zero(monkeypatch):
     logits = np.random.default_rng(0).normal(size=999).astype(np.float32)
     logits[::2] = -np.inf
     cumulative = jnp.cumsum(jnp.exp(jax.nn.log_softmax(jnp.asarray(logits)[None])), axis=-1)[0]
-    monkeypatch.setattr(decoding, "_uniform", lambda key, number: (cumulative / cumulative.max())[number] * (1 - 2**-23))
+    monkeypatch.setattr(decoding, "_uniform", lambda key, number: (cumulative / cumulative.max())[number])
     rows = jnp.arange(999)
     ids, _ = decoding.sample(jnp.tile(logits, (999, 1)), jnp.zeros((999, 2), jnp.uint32), rows, settings())
     assert (np.asarray(ids) % 2 == 1).all()

@@ -4,7 +4,9 @@ import collections
 import itertools
 import json
 import math
+import os
 import pathlib
+import signal
 from collections.abc import Callable
 
 import jax
@@ -19,14 +21,14 @@ import sft
 import solver
 from configs import apr
 from countdown.language import Tokenizer
-from harness import loop
 from harness.build import Parts, build
-from harness.cli import UsageError
+from harness.cli import Stopped, UsageError
+from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch
 from records import Call, Rollout
-from train_state import TokenStats, state_from_key
+from train_state import TokenStats, TrainState, state_from_key
 
 CONTEXT = 384
 WALL_CLOCK = {"tokens_per_second", "validation_seconds"}
@@ -80,8 +82,8 @@ def test_the_command_leaves_a_complete_workdir(smoke_run):
     config = json.loads((smoke_run.path / "config.json").read_text())
     assert config == json.loads(apr.get_config("smoke").to_json())
     assert list(smoke_run.path.glob("events.out.tfevents.*"))
-    assert [path.name for path in (smoke_run.path / "checkpoints").iterdir()] == ["20"]
-    assert [path.name for path in (smoke_run.path / "best").iterdir()] == ["20"]
+    assert {path.name for path in (smoke_run.path / "checkpoints").iterdir()} == {"10", "20"}
+    assert {path.name for path in (smoke_run.path / "best").iterdir()} == {"10", "20"}
 
 
 def test_the_log_has_every_step_once_and_the_loss_falls(smoke_run):
@@ -258,20 +260,33 @@ def killed(*_: object) -> None:
     raise Killed
 
 
-KILLS: dict[str, tuple[type, str, int]] = {  # the method that dies, and at which call
-    "step": (sft.DemonstrationStream, "next", 8),  # seven steps done
-    "save": (Workdir, "save", 2),  # the best of step 8 is on disk, the state of step 8 is not
-    "first": (sft.DemonstrationStream, "next", 4),  # a line in the log, no checkpoint yet
+def told_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+KILLS: dict[str, tuple[type, str, int, Callable]] = {  # the method that dies, at which call, and of what
+    "step": (sft.DemonstrationStream, "next", 8, killed),  # seven steps done
+    "save": (Workdir, "save", 2, killed),  # step 8 is validated, nothing of it is saved
+    "best": (Workdir, "save_best", 1, killed),  # the first state is on disk, its parameters are not among the best
+    "first": (sft.DemonstrationStream, "next", 4, killed),  # a line in the log, no checkpoint yet
+    "signal": (sft.DemonstrationStream, "next", 5, told_to_stop),  # between two lines of the log
 }
 
 
-def train_until_killed(experiment: Parts, workdir: Workdir, owner: type, name: str, call: int) -> None:
-    """Trains until call number `call` of a method, which dies instead."""
+def train_until(experiment: Parts, workdir: Workdir, owner: type, name: str, call: int, end: Callable) -> BaseException:
+    """Trains until call number `call` of a method, which ends the run; returns what it raised."""
     original, calls = getattr(owner, name), itertools.count(1)
+
+    def ends(*given: object) -> object:
+        if next(calls) == call:
+            end()
+        return original(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, lambda *given: killed() if next(calls) == call else original(*given))
-        with pytest.raises(Killed):
+        patch.setattr(owner, name, ends)
+        with pytest.raises((Killed, Stopped)) as ended:
             sft.train(RolloutPool(experiment), workdir)
+    return ended.value
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +296,7 @@ def runs(tmp_path_factory, compilation_cache) -> dict[str, pathlib.Path]:
     first, second = build(config), build(config)  # two processes
     sft.train(RolloutPool(first), Workdir(root / "whole", config))
     for name, kill in KILLS.items():
-        train_until_killed(first, Workdir(root / name, config), *kill)
+        train_until(first, Workdir(root / name, config), *kill)
         sft.train(RolloutPool(second), Workdir(root / name, config))
     return {path.name: path for path in root.iterdir()}
 
@@ -332,14 +347,55 @@ def test_a_finished_run_is_not_trained_on(runs, monkeypatch):
     assert (runs["whole"] / "metrics.jsonl").read_text() == before
 
 
-def test_training_stops_at_the_first_loss_that_is_no_number(tmp_path, monkeypatch):
-    """Nothing of it reaches a checkpoint, not even between two lines of the log."""
-    config = tiny_config(train__log_every=8, optimizer__warmup_steps=0)
-    monkeypatch.setattr(sft, "sft_loss", lambda out, batch: (batch.weight * jnp.nan, {}))
-    monkeypatch.setattr(loop, "_checkpoint", lambda *_: pytest.fail("saved"))
-    with pytest.raises(UsageError, match=r"nan at step \d.*learning_rate"):
+def test_a_signal_lets_the_step_end_and_saves_it(tmp_path):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before the runs
+    config = tiny_config()
+    stopped = train_until(build(config), Workdir(tmp_path, config), sft.DemonstrationStream, "next", 2, told_to_stop)
+    assert isinstance(stopped, Stopped) and stopped.number == signal.SIGTERM
+    assert str(stopped) == "stopped after step 2, which is saved"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+@pytest.mark.parametrize("log_every", [3, 8])
+def test_a_number_that_is_none_stops_the_run_at_its_step_and_the_remedy_works_there(tmp_path, monkeypatch, capsys, log_every):
+    """Whether the log is due or not; the checkpoint of step 4 stays, and step 6 can be looked at alone."""
+    config = tiny_config(train__log_every=log_every)
+    pool, path = RolloutPool(build(config)), tmp_path / "run"
+    original, calls = sft.DemonstrationStream.next, itertools.count(1)
+
+    def poisoned(stream: sft.DemonstrationStream) -> TokenBatch:
+        batch = original(stream)
+        return batch._replace(weight=batch.weight * np.nan) if next(calls) == 6 else batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.DemonstrationStream, "next", poisoned)
+        with pytest.raises(UsageError, match=r"not finite at step 6: grad_norm, loss.*--replay.*learning_rate"):
+            sft.train(pool, Workdir(path, config))
+    assert {file.name for file in (path / "checkpoints").iterdir()} == {file.name for file in (path / "best").iterdir()} == {"4"}
+    capsys.readouterr()
+    replay(pool.parts, Workdir(path, config), sft.Imitation(pool.parts))
+    told = capsys.readouterr().out
+    assert "mlp_0/down" in told and "gradient nan" in told and "not finite at step 6" in told
+    *_, last = told.splitlines()
+    assert math.isnan(json.loads(last)["loss"]) and json.loads(last)["step"] == 6
+    mended = tiny_config(train__log_every=log_every, optimizer__learning_rate=1e-4)
+    sft.train(RolloutPool(build(mended)), Workdir(path, mended))
+    assert {file.name for file in (path / "checkpoints").iterdir()} == {"8", "9"}
+
+
+def test_parameters_that_are_no_numbers_are_never_saved(tmp_path, monkeypatch):
+    """The loss is that of the parameters before the update, so it does not tell."""
+    config = tiny_config()
+    original = sft.Imitation.step
+
+    def broken(stage: sft.Imitation, state: TrainState, number: int) -> tuple:
+        state, measured = original(stage, state, number)
+        return (state._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params)) if number == 4 else state), measured
+
+    monkeypatch.setattr(sft.Imitation, "step", broken)
+    with pytest.raises(UsageError, match="not finite at step 4: parameters"):
         sft.train(RolloutPool(build(config)), Workdir(tmp_path / "run", config))
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "best").exists()
 
 
 def test_a_run_can_start_from_the_parameters_of_another(smoke_run, tmp_path, command: Callable):

@@ -283,6 +283,12 @@ def test_outputs_are_those_of_the_logits_before_the_token() -> None:
     assert (out.logp[0, 0], out.entropy[0, 0], out.is_argmax[0, 0]) == (0, 0, False)
 
 
+def test_a_model_that_likes_all_ids_alike_is_not_right() -> None:
+    """The most likely of equal ids is the first, which is no id that is ever sampled."""
+    out = _outputs(Table(), jnp.full((1, 12, 10), -3.0), example())
+    assert not out.is_argmax.any()
+
+
 def test_only_sampled_ids_have_a_gradient() -> None:
     batch = example()
 

@@ -1,11 +1,12 @@
 """Runs on disk: what a workdir refuses and keeps, and bad commands, each one sentence before anything is written."""
 
+import errno
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sft
-from harness import workdir
+from harness import files, migrate, workdir
 from harness.cli import Progress, UsageError
 from harness.workdir import Workdir
 
@@ -96,8 +97,9 @@ def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
     assert not contents(tmp_path)
 
 
-def test_a_config_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"seed": 0, ')
+@pytest.mark.parametrize("text", ['{"seed": 0, ', "[]", "null", "[" * 9999, "\xff"])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, "latin-1")
     with pytest.raises(UsageError, match=r"config.json"):
         Workdir(tmp_path, config())
     with pytest.raises(UsageError, match=r"config.json"):
@@ -133,7 +135,7 @@ def test_a_run_without_its_checkpoints_is_not_begun_again(tmp_path):
 
 
 def test_best_parameters_found_again_replace_later_ones(tmp_path):
-    """Saved at 20 by a run that was killed before its state was, then resumed from 5."""
+    """Saved at 20 by a run that then had to go on from the state of 5."""
     run = Workdir(tmp_path, config())
     for step, value in ((20, 1.0), (10, 2.0)):
         run.save_best(step, {"w": jnp.full(2, value)}, {})
@@ -141,13 +143,13 @@ def test_best_parameters_found_again_replace_later_ones(tmp_path):
     assert result["step"] == 10 and params["w"].tolist() == [2.0, 2.0]
 
 
-def test_the_latest_state_replaces_the_one_before(tmp_path):
+def test_the_last_two_states_are_kept_and_the_latest_is_restored(tmp_path):
     run = Workdir(tmp_path, config())
     for step in (5, 10, 15):
         run.save(step, tree(step), {})
     restored = Workdir(tmp_path, config()).restore(tree(0))
     assert restored is not None and int(restored[0]["n"]) == 15
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["15"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"10", "15"}
 
 
 def test_restoring_drops_the_log_after_the_checkpoint(tmp_path):
@@ -157,6 +159,158 @@ def test_restoring_drops_the_log_after_the_checkpoint(tmp_path):
     run.save(2, tree(2), {})
     Workdir(tmp_path, config()).restore(tree(0))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_forgets_its_log(tmp_path):
+    """Of step 0 too, which reinforcement learning validates."""
+    Workdir(tmp_path, config()).log(0, {"validation_accuracy": 0.5})
+    assert Workdir(tmp_path, config()).restore(tree(0)) is None
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_kill_while_the_log_is_written_again_loses_none_of_it(tmp_path, monkeypatch):
+    run = Workdir(tmp_path, config())
+    for step in (1, 2, 3):
+        run.log(step, {"loss": step})
+    run.save(2, tree(2), {})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr(pathlib.Path, "write_text", lambda *_: pytest.fail("rewritten in place"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        Workdir.restore(run, tree(0))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b'{"step": 1', b"", b"[" * 9999])
+def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
+    run = Workdir(tmp_path, config())
+    run.save(2, tree(2), {})
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(UsageError, match=r"metrics.jsonl, line 2, is damaged: restore the file, or remove that line"):
+        run.restore(tree(0))
+    assert line in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+# ------------------------------------------------------------------- damage
+
+DAMAGES = {
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :],
+    "cut": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+    "missing": lambda data: None,
+}
+
+
+def each_damage(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Damages every file below a folder in every way, one after another, and mends it again."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = file.read_bytes()
+        for damage in DAMAGES.values():
+            if (damaged := damage(data)) is None:
+                file.unlink()
+            elif damaged == data:
+                continue
+            else:
+                file.write_bytes(damaged)
+            yield file
+            file.write_bytes(data)
+
+
+def test_a_damaged_best_is_one_sentence_that_names_file_and_remedy(tmp_path):
+    run = Workdir(tmp_path, config())
+    for step in (5, 10):
+        run.save_best(step, tree(step), {})
+    cases = 0
+    for file in each_damage(tmp_path / "best" / "10"):
+        with pytest.raises(UsageError) as caught:
+            workdir.load_best(tmp_path, tree(0))
+        named = file.name in str(caught.value) or file.name == files.CHECKSUMS  # whose damage looks like that of others
+        assert named and "\n" not in str(caught.value), file
+        assert "remove" in str(caught.value) or "harness.migrate" in str(caught.value), file
+        cases += 1
+    assert cases > 20
+    (tmp_path / "best" / "10").rename(tmp_path / "elsewhere")  # the remedy
+    assert workdir.load_best(tmp_path, tree(0))[1]["step"] == 5
+
+
+def test_the_state_before_a_damaged_one_is_used_after_saying_so(tmp_path, capsys):
+    run = Workdir(tmp_path, config())
+    for step in (5, 10):
+        run.save(step, tree(step), {"cursor": step})
+        run.log(step, {"loss": 1})
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    for file in each_damage(tmp_path / "checkpoints" / "10"):
+        (tmp_path / "metrics.jsonl").write_bytes(log)
+        restored = run.restore(tree(0))
+        assert restored is not None and int(restored[0]["n"]) == restored[1]["cursor"] == 5, file
+        told = capsys.readouterr().err
+        assert (file.name in told or file.name == files.CHECKSUMS) and told.endswith("going on from the checkpoint before it, 5\n"), told
+        assert workdir.read_log(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1}]
+    (tmp_path / "checkpoints" / "5" / "extra" / "metadata").write_text("{}")
+    (tmp_path / "checkpoints" / "10" / "extra" / "metadata").write_text("{}")
+    with pytest.raises(UsageError, match=r"5/extra/metadata does not match checksums.json"):
+        run.restore(tree(0))
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_ones(tmp_path, monkeypatch):
+    run = Workdir(tmp_path, config())
+    for step in (5, 10):
+        run.save(step, tree(step), {})
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sign", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UsageError, match=r"15 cannot be written \(.*No space left.*\): make room there and run the same"):
+            run.save(15, tree(15), {})
+    assert {name: data for name, data in contents(tmp_path).items() if ".part" not in name} == before
+    run.save(15, tree(15), {})
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"10", "15"}
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_state(tmp_path):
+    """A file system of one megabyte, which root alone can make."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        run = Workdir(tmp_path / "run", config())
+        run.save(5, tree(5), {})
+        with pytest.raises(UsageError, match=r"10 cannot be written"):
+            run.save(10, {"w": np.random.default_rng(0).normal(size=10**6), "n": 0}, {})
+        restored = run.restore(tree(0))
+        assert restored is not None and int(restored[0]["n"]) == 5
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_checkpoints_of_an_older_run_get_their_checksums_by_migrating(tmp_path):
+    run = Workdir(tmp_path, config())
+    run.save(5, tree(5), {})
+    (tmp_path / "checkpoints" / "5" / files.CHECKSUMS).unlink()
+    with pytest.raises(UsageError, match=rf"checksums.json is missing: `python -m harness.migrate {tmp_path}`"):
+        run.restore(tree(0))
+    assert migrate.migrate(tmp_path) == ["checkpoints/5/checksums.json"] and migrate.migrate(tmp_path) == []
+    assert run.restore(tree(0)) is not None
+
+
+# ------------------------------------------------------------------- a failed step
+
+
+def test_after_a_failed_step_the_optimizer_alone_may_change_and_once(tmp_path):
+    old, new = (config(optimizer={"learning_rate": rate, "matrices": "muon"}) for rate in (1e6, 1e-3))
+    with pytest.raises(UsageError, match="no step has failed"):
+        Workdir(tmp_path, old).load_failed()
+    with pytest.raises(UsageError, match="another configuration"):
+        Workdir(tmp_path, new)
+    Workdir(tmp_path, old).save_failed(3, {"params": tree(1), "batch": {"tokens": np.arange(3)}}, "loss")
+    for other in (config(optimizer={"learning_rate": 1e6, "matrices": "adam"}), config(seed=1, optimizer=new.optimizer)):
+        with pytest.raises(UsageError, match="another configuration"):
+            Workdir(tmp_path, other)
+    step, kept, reason = Workdir(tmp_path, new).load_failed()
+    assert (step, reason, kept["batch"]["tokens"].tolist()) == (3, "loss", [0, 1, 2])
+    jax.tree.map(np.testing.assert_array_equal, kept["params"], tree(1))
+    assert workdir.read_config(tmp_path)["optimizer"]["learning_rate"] == 1e-3
+    with pytest.raises(UsageError, match="another configuration"):
+        Workdir(tmp_path, old)
 
 
 def test_a_line_that_a_kill_cut_short_does_not_stop_the_resume(tmp_path):

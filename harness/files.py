@@ -1,0 +1,96 @@
+"""Files that are whole: replaced at once, held to checksums, in a folder that one run at a time may write. No JAX.
+
+A signed folder holds `checksums.json`: the SHA-256 of every other file in it, written last. So a bit that flipped,
+a file that was cut, one that is missing and one that was added are all found before anything is read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import typing
+
+from harness.cli import UsageError
+
+CHECKSUMS, LOCK, PART = "checksums.json", ".lock", ".part"
+
+
+def replace(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file, whole or not at all, even if the machine stops."""
+    part = path.with_name(path.name + PART)
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def is_scrap(path: pathlib.Path) -> bool:
+    """Whether a path is the lock, or what a kill left of a file that was to be replaced."""
+    return path.name == LOCK or path.name.endswith(PART)
+
+
+def sync(folder: pathlib.Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksums(folder: pathlib.Path, settle: bool = False) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its name from there. `settle` waits until all is on the disk."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            if settle:
+                sync(path)
+        elif path != folder / CHECKSUMS:
+            with open(path, "rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+                if settle:
+                    os.fsync(file.fileno())
+    return found
+
+
+def sign(folder: pathlib.Path) -> None:
+    """Writes the checksums of a folder, after its files are on the disk."""
+    replace(folder / CHECKSUMS, (json.dumps(_checksums(folder, settle=True), indent=1) + "\n").encode())
+
+
+def damage(folder: pathlib.Path) -> str:
+    """What is wrong with a signed folder, naming the first file; "" if nothing is."""
+    try:
+        wanted = json.loads((folder / CHECKSUMS).read_bytes())
+        found = _checksums(folder)
+    except FileNotFoundError:
+        return f"{folder / CHECKSUMS} is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{folder / CHECKSUMS} cannot be read ({error})"
+    if not isinstance(wanted, dict):
+        return f"{folder / CHECKSUMS} holds no checksums"
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            return f"{folder / name} {f'does not match {CHECKSUMS}' if name in found else 'is missing'}"
+    return ""
+
+
+@functools.cache  # held until this process ends
+def lock(folder: pathlib.Path) -> typing.IO[str]:
+    """Keeps other processes from writing to a folder. Raises UsageError if another one does.
+
+    The kernel drops the lock of a process that ends, however it ends.
+    """
+    file = open(folder / LOCK, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UsageError(f"{folder} is in use by another run: wait for it, or choose another --workdir") from error
+    return file

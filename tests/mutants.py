@@ -1,0 +1,166 @@
+"""Standing one-line breakages of the code, each of which some named test file must catch.
+
+    python -m tests.mutants                # all, one at a time; exit status 1 if one survives
+    python -m tests.mutants grpo model     # those whose file or name holds one of these words
+    python -m tests.mutants --list
+
+  1. Copy the repository into a temporary folder.
+  2. Replace the old text by the new one, and run the test files named for the mutant (-x, the quick tier).
+  3. A failing test has caught it. Put the file back.
+
+The list starts with those that once survived. `tests/mutants_test.py` holds every old text to its file, so that a
+mutant goes along when the code changes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MINUTES = 30  # a mutant that makes the tests run for ever is caught
+SKIPPED = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv", ".hypothesis")
+
+
+class Mutant(typing.NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`; `tests` are arguments of pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GRPO = "tests/grpo_step_test.py"
+LOOP = "tests/harness/loop_test.py"
+RUNTIME = "tests/parallel_runtime_test.py"
+MODEL = "tests/model_test.py"
+SAMPLER = "tests/sampler_test.py"
+STATE = "tests/train_state_test.py"
+PACKING = "tests/packing_test.py"
+LOSS = "tests/grpo_test.py"
+STATS = "tests/harness/stats_test.py"
+SOLVER = "tests/solver_test.py"
+WORKDIR = "tests/harness/workdir_test.py"
+FILES = "tests/harness/files_test.py"
+SFT = "tests/sft_test.py"
+
+MUTANTS = [
+    # Those that survived once.
+    Mutant("dropped groups stay", "grpo.py", 'if config.dead_groups != "keep":', 'if config.dead_groups == "refill":', GRPO),
+    Mutant("one inner update", "grpo.py", "range(config.updates - 1)", "range(0)", GRPO),
+    Mutant("no cap of the weights", "grpo.py", "np.minimum(ratio, config.tis_cap)", "ratio", GRPO),
+    Mutant("the sampler's log-probs", "grpo.py", 'if config.old_logp == "trainer":', "if False:", GRPO),
+    Mutant("the reference moves", "grpo.py", "self.score(self.reference, batch)) if", "self.score(state.params, batch)) if", GRPO),
+    Mutant("clipped share of rows", "grpo.py", 'float(metrics["clipped"] / tokens)', 'float(1 - metrics["clipped"] / tokens)', GRPO),
+    Mutant("the first of equal bests", "harness/loop.py", 'accuracy >= extra["best"]', 'accuracy > extra["best"]', LOOP),
+    Mutant("the worst is best", "harness/loop.py", 'accuracy >= extra["best"]', 'accuracy <= extra["best"] or extra["best"] < 0', LOOP),
+    Mutant("infinite goes on", "harness/loop.py", "if not math.isfinite(value)", "if math.isnan(value)", LOOP),
+    Mutant("nothing stops", "harness/loop.py", "if bad := [", "if False and [", LOOP),
+    Mutant("evicts at half", "parallel_runtime.py", "busy_enough = len(self.active) >= EVICT", "busy_enough = len(self.active) > EVICT", RUNTIME),
+    Mutant("scores in bfloat16", "model.py", 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH, preferred_element_type=jnp.float32)', 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH)', MODEL),
+    Mutant("norms in bfloat16", "model.py", "x = x_RTD.astype(jnp.float32)", "x = x_RTD", MODEL),
+    Mutant("logits in bfloat16", "model.py", "w_DV.astype(c.dtype), preferred_element_type=jnp.float32)", "w_DV.astype(c.dtype))", MODEL),
+    Mutant("rewritten in place", "harness/files.py", "part = path.with_name(path.name + PART)", "part = path", FILES),
+    # Not measured before.
+    Mutant("a rewind keeps the cache", "sampler.py", "row.cached = min(row.cached, fill.keep)", "row.cached = row.cached", SAMPLER),
+    Mutant("one id too many", "sampler.py", "min(fill.max_new_tokens, self.context - len(row.ids)),", "fill.max_new_tokens,", SAMPLER),
+    Mutant("the tail of the step before", "decoding.py", "jnp.arange(config.steps_per_call) < burst.step", "jnp.arange(config.steps_per_call) < burst.step - 1", SAMPLER),
+    Mutant("positions stand", "decoding.py", "positions_B1 = length_B[:, None] + burst.step", "positions_B1 = length_B[:, None] + 0 * burst.step", SAMPLER),
+    Mutant("the limit plus one", "decoding.py", "count_B >= limit_B", "count_B > limit_B", SAMPLER),
+    Mutant("one draw per burst", "decoding.py", "key_B2, drawn_B + burst.step, config)", "key_B2, drawn_B, config)", SAMPLER),
+    Mutant("zero draws the first", "decoding.py", "return 1 - jax.random.uniform", "return jax.random.uniform", SAMPLER),
+    Mutant("impossible ids", "decoding.py", "jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)", "jnp.cumsum(p_BV, axis=-1)", SAMPLER),
+    Mutant("no top-p", "decoding.py", "if config.top_p < 1:", "if config.top_p < 0:", SAMPLER),
+    Mutant("log-probs at temperature 1", "decoding.py", "jax.nn.log_softmax(logits_BV / (temperature or 1.0))", "jax.nn.log_softmax(logits_BV)", SAMPLER),
+    Mutant("old parameters", "sampler.py", "self._params = jax.device_put(params,", "self._params = getattr(self, '_params', None) or jax.device_put(params,", SAMPLER),
+    Mutant("keys of threads alike", "parallel_runtime.py", "request.index, tuple(path))", "request.index)", RUNTIME),
+    Mutant("children share all", "parallel_runtime.py", "(live.allowance - total_tokens(thread)) // len(spawn.prompts)", "live.allowance - total_tokens(thread)", RUNTIME),
+    Mutant("deeper by one", "parallel_runtime.py", "if len(thread.path) // 2 >= limits.depth:", "if len(thread.path) // 2 > limits.depth:", RUNTIME),
+    Mutant("one child too many", "parallel_runtime.py", "if len(spawn.prompts) > limits.children:", "if len(spawn.prompts) > limits.children + 1:", RUNTIME),
+    Mutant("joins too early", "parallel_runtime.py", "if live.parent.pending == 0:", "if live.parent.pending <= 1:", RUNTIME),
+    Mutant("sees the future", "model.py", "(i[None, None, :] <= i[None, :, None])", "(i[None, None, :] <= i[None, :, None] + 1)", MODEL),
+    Mutant("sees what was rewound", "model.py", "((j <= i) & (i < until_T[None, : block.stop]))", "((j <= i) & (i <= until_T[None, : block.stop]))", MODEL),
+    Mutant("embeddings enter small", "model.py", ".astype(c.dtype) * c.width**0.5", ".astype(c.dtype)", MODEL),
+    Mutant("gradient without its mean", "model.py", "(p_GQS * (dp_GQS - inner_GT1[:, block]))", "(p_GQS * dp_GQS)", MODEL),
+    Mutant("the spawn block stays", "packing.py", "memory = memory[: call.keep]", "memory = memory", PACKING),
+    Mutant("context is trained on", "packing.py", "segment.sampled += [call >= 0] * count", "segment.sampled += [True] * count", PACKING),
+    Mutant("the advantage everywhere", "packing.py", "segment.advantage * batch.sampled[row, span]", "segment.advantage", PACKING),
+    Mutant("until of the row", "packing.py", "np.asarray(segment.until, np.int32) + span.start", "np.asarray(segment.until, np.int32)", PACKING),
+    Mutant("one micro-batch less", "train_state.py", "jnp.arange(1, busy_M.shape[0] + 1), 0)", "jnp.arange(0, busy_M.shape[0]), 0)", STATE),
+    Mutant("temperature left out", "train_state.py", "logits = logits / temperature", "logits = logits * 1.0", GRPO),
+    Mutant("ties are right", "train_state.py", "top = jnp.argmax(fixed, axis=-1) == batch.tokens[:, 1:]", "top = jnp.take_along_axis(fixed, batch.tokens[:, 1:, None], axis=-1)[..., 0] >= fixed.max(axis=-1)", STATE),
+    Mutant("decay of norms", "train_state.py", "lambda leaf: leaf.ndim > 1, params)", "lambda leaf: leaf.ndim > 0, params)", STATE),
+    Mutant("no clipping", "train_state.py", "clip = optax.clip_by_global_norm(config.clip)", "clip = optax.identity()", STATE),
+    Mutant("no spread", "objective.py", "return centred(rewards_PG) / (rewards_PG.std(axis=1, keepdims=True) + 1e-6)", "return centred(rewards_PG)", LOSS),
+    Mutant("the larger of the two", "objective.py", "policy = -jnp.minimum(", "policy = -jnp.maximum(", LOSS),
+    Mutant("the penalty turned round", "objective.py", "batch.ref_logp - out.logp, 0.0))", "out.logp - batch.ref_logp, 0.0))", LOSS),
+    Mutant("clipped below alone", "objective.py", "jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)", "jnp.clip(ratio, 1 - config.clip_low, None)", LOSS),
+    Mutant("a call's weight in its rollout", "objective.py", "return 1 / (n * calls * batch.calls), 1 / (n * batch.calls)", "return 1 / (n * batch.calls), 1 / (n * batch.calls)", LOSS),
+    Mutant("the bonus of the wrong", "objective.py", "return float(rollout.grade.correct) * (1 + acceleration(costs, config))", "return float(rollout.grade.correct) + acceleration(costs, config)", LOSS),
+    Mutant("a mean of all ids", "sft.py", "batch.weight / batch.sampled.sum()", "batch.weight / batch.sampled.size", SFT + " -k weights_of_every_batch"),
+    Mutant("division with a rest", "countdown/grader.py", 'if sign == "/" and a % b:', 'if sign == "/" and a % b and False:', SOLVER),
+    Mutant("numbers used twice", "countdown/grader.py", "available.remove(operand)", "available.count(operand)", SOLVER),
+    Mutant("unused numbers", "countdown/grader.py", "if len(available) > 1:", "if len(available) > 2:", SOLVER),
+    Mutant("any end will do", "countdown/grader.py", "if available[0] != problem.target:", "if False:", SOLVER),
+    Mutant("a child twice", "countdown/task.py", "if node in nodes[:i]:", "if False:", SOLVER),
+    Mutant("another's path", "countdown/task.py", "or not parts[1].startswith(first_line):", "or False:", SOLVER),
+    Mutant("a narrower interval", "harness/stats.py", "spread / (4 * n))", "spread / (8 * n))", STATS),
+    Mutant("pass with replacement", "harness/stats.py", "math.comb(samples - correct, k) / math.comb(samples, k)", "(1 - correct / samples) ** k", STATS),
+    Mutant("votes without an answer", "harness/stats.py", "for vote in votes if vote.grade.answer)", "for vote in votes)", STATS),
+    Mutant("the variance of all", "harness/stats.py", "/ max(1, n - 1) / n)", "/ n / n)", STATS),
+    Mutant("damage goes unseen", "harness/files.py", "if wanted.get(name) != found.get(name):", "if name not in found:", FILES),
+    Mutant("no lock", "harness/files.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)", FILES),
+    Mutant("the log keeps what comes after", "harness/workdir.py", 'if line["step"] <= step]', "]", WORKDIR),
+    Mutant("one state alone", "harness/checkpoints.py", "KEEP = 2", "KEEP = 1", WORKDIR),
+    Mutant("a run begins again over its best", "harness/workdir.py", "if not steps and self._best.steps():", "if False:", WORKDIR),
+    Mutant("any change after a failure", "harness/workdir.py", r'if not all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) or', "if", WORKDIR),
+]
+
+
+def survives(mutant: Mutant, folder: pathlib.Path) -> bool:
+    """Whether the tests named for a mutant pass in a copy of the repository where it is applied."""
+    file = folder / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times, not once")
+    file.write_text(text.replace(mutant.old, mutant.new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split(" ", 2)]
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=60 * MINUTES).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        file.write_text(text)
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutants that the words choose; returns the exit status."""
+    named = [word for word in words if word != "--list"]
+    chosen = [m for m in MUTANTS if not named or any(word in f"{m.file} {m.name}" for word in named)]
+    if "--list" in words:
+        for mutant in chosen:
+            print(f"{mutant.file}: {mutant.name}")
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=SKIPPED)
+        for number, mutant in enumerate(chosen, 1):
+            began = time.monotonic()
+            alive = survives(mutant, copy)
+            survivors += [mutant] * alive
+            verdict = "SURVIVES" if alive else "caught"
+            print(f"{number}/{len(chosen)} {verdict:8} {mutant.file}: {mutant.name} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught" + "".join(f"\nsurvives: {m.file}: {m.name}" for m in survivors))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
