@@ -195,6 +195,7 @@ class DemonstratorConfig(Checked):
     token_bin: Annotated[int, at_least(1)]  # granularity of a token budget (SoS+)
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
     beam_low_without_budget: int = 1
+    prune: bool = False  # list neither repeated states nor children that cost more than the target; the paper does
 
     def check(self) -> None:
         """Checks what depends on the method."""
@@ -213,7 +214,7 @@ class DemonstratorConfig(Checked):
             f"DemonstratorConfig(method={self.method!r}, beam={(self.beam_low, self.beam_high)}, "
             f"sub_beam_high={self.sub_beam_high}, spawn_probability={self.spawn_probability}, "
             f"condition={self.budget_fraction}, token_bin={self.token_bin}, order={self.order!r}, "
-            f"free_beam_low={self.beam_low_without_budget})"
+            f"free_beam_low={self.beam_low_without_budget}{', prune=True' if self.prune else ''})"
         )
 
 
@@ -230,7 +231,7 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     else:
         sub_beam = rng.randint(beam, config.sub_beam_high)
         search = Parallel(root, target, beam, rng, config.spawn_probability, sub_beam)
-    search.fixed_order = config.order == "fixed"
+    search.fixed_order, search.prunes = config.order == "fixed", config.prune
     search.run()
     search.trace.prompt = root_prompt(problem, config.method)
     return search.trace

@@ -76,6 +76,7 @@ class OptimizerConfig(Checked):
     beta1: Annotated[float, FRACTION]
     beta2: Annotated[float, FRACTION]
     momentum: Annotated[float, FRACTION]  # of Muon
+    embedding_multiplier: Annotated[float, above(0)] = 1.0  # beside Muon: rate of embeddings and norms / learning_rate
 
     def check(self) -> None:
         """Checks the schedule."""
@@ -125,11 +126,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, config.end_learning_rate
     )
-    adam = functools.partial(optax.adamw, schedule, b1=config.beta1, b2=config.beta2)
+    adam = functools.partial(optax.adamw, b1=config.beta1, b2=config.beta2)
     clip = optax.clip_by_global_norm(config.clip)
     if config.matrices == "adam":
         decays = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
-        return optax.chain(clip, adam(weight_decay=config.weight_decay, mask=decays))
+        return optax.chain(clip, adam(schedule, weight_decay=config.weight_decay, mask=decays))
     muon = optax.chain(
         optax.trace(config.momentum, nesterov=True),
         optax.stateless(lambda updates, _: orthogonal_updates(updates)),
@@ -139,7 +140,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     kinds = lambda params: jax.tree.map_with_path(  # noqa: E731
         lambda path, _: "muon" if path[-1].key in MATRICES else "adam", params
     )
-    return optax.chain(clip, optax.partition({"muon": muon, "adam": adam(weight_decay=0.0)}, kinds))
+    rest = adam(lambda step: config.embedding_multiplier * schedule(step), weight_decay=0.0)
+    return optax.chain(clip, optax.partition({"muon": muon, "adam": rest}, kinds))
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:

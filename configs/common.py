@@ -117,6 +117,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             beta1=0.9,
             beta2=0.999 if preset == "paper" else 0.99,
             momentum=0.95,  # of Muon
+            embedding_multiplier=1.0 if preset in LARGE else 4.0,  # beside Muon: rate of embeddings and norms
         ),
         threads=dict(
             child_returns="path",  # what a child returns: the path it found, or "text", all it wrote
@@ -146,5 +147,6 @@ def demonstrator(
         spawn_probability=spawn_probability,  # that an expanded node is judged promising
         budget_fraction=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
+        prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
     )

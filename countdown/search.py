@@ -6,6 +6,7 @@
      children in random order (that numbers them) and pushes them, best first.
      A goal met while listing ends the search. `fixed_order` lists them in order of
      generation instead, and spawns them in that order: a model need not guess it.
+     `prunes` leaves out repeated states and children that cost more than the target.
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
@@ -118,6 +119,14 @@ def best_first(children: list[tuple[float, str, list[int]]]) -> list[tuple[float
     return sorted(children, key=operator.itemgetter(0))
 
 
+def pruned(children: list[tuple[float, str, list[int]]], target: int) -> list[tuple[float, str, list[int]]]:
+    """The children that cost at most the target (as in SoS depth-first), the first of each state alone."""
+    first: dict[tuple[int, ...], tuple[float, str, list[int]]] = {}
+    for child in children:
+        first.setdefault(tuple(sorted(child[2])), child)
+    return [child for child in first.values() if child[0] <= target]
+
+
 def state_line(node: Node, target: int) -> str:
     return f"Current State: {target}:{node.numbers}, Operations: [{node.operations}]\n"
 
@@ -144,6 +153,7 @@ class Search:
     failure_text = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
     fixed_order = False  # children are listed in order of generation, not in random order
+    prunes = False  # neither repeated states are listed, nor children that cost more than the target
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
         self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
@@ -181,7 +191,8 @@ class Search:
         if len(node.numbers) == 1:
             return [], None
         every = expand(node.numbers, self.target, self.heuristic)
-        options = best_first(every)[: self.beam]
+        options = best_first(every)
+        options = (pruned(options, self.target) if self.prunes else options)[: self.beam]
         if self.fixed_order:
             options.sort(key=every.index)
         else:
@@ -249,8 +260,8 @@ class DepthFirst(Search):
     def search(self, root: Node, level: int) -> Node | None:
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
         every = best_first(expand(root.numbers, self.target, self.heuristic))
-        kept = [option for option in every if option[0] <= self.target]
-        for i, option in enumerate(kept):
+        affordable = [option for option in every if option[0] <= self.target]
+        for i, option in enumerate(pruned(every, self.target) if self.prunes else affordable):
             if i:
                 self.lines.append(announce(root, self.target))
             child = self.write_child(root, i, option)
@@ -307,7 +318,7 @@ class Parallel(Hybrid):
         self.lines = []
         searches = [Search(child, self.target, self.sub_beam, self.rng) for child in children]
         for search in searches:
-            search.fixed_order = self.fixed_order
+            search.fixed_order, search.prunes = self.fixed_order, self.prunes
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)

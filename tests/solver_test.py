@@ -184,6 +184,37 @@ def test_a_fixed_order_lists_the_same_children_in_order_of_generation_and_spawns
     assert moved > 90
 
 
+@pytest.mark.parametrize("method", ["apr", "sosp"])
+def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target(method):
+    config = dataclasses.replace(CONFIGS[method], beam_low=5, beam_high=5, prune=True)
+    repeated = expensive = 0
+    for i in range(200):
+        drawn = problem(LAPTOP, "train", 3, i)
+        lines = parse(demonstrate(drawn, config, random.Random(i)).calls[0])
+        lines = list(itertools.takewhile(lambda line: line.kind != "goal", lines))  # after it the path is told again
+        first = [line for line in lines if line.kind == "generate" and line.node.count(",") == 1]
+        listed = [tuple(sorted(line.numbers)) for line in first]
+        children = search.expand(list(drawn.numbers), drawn.target)
+        costs = {tuple(sorted(left)): cost for cost, _, left in children}
+        assert len(set(listed)) == len(listed)
+        assert sorted(costs[state] for state in listed) == sorted(cost for cost in costs.values() if cost <= drawn.target)[:5]
+        repeated += len(costs) < len(children)
+        expensive += max(costs.values()) > drawn.target
+    assert repeated > 20 and expensive > 20
+
+
+def test_depth_first_pruning_leaves_out_repeated_states_too():
+    """4, 4 and 3: three of the pairs are alike, so that half of the children repeat a state."""
+    root = search.Node("0", [4, 4, 3], "", 0, "", None)
+    for prunes in (False, True):
+        walk = search.DepthFirst(root, 21, 5, random.Random(0))
+        walk.prunes = prunes
+        walk.run()
+        first = [line for line in parse("".join(walk.trace.calls)) if line.kind == "generate" and line.node.count(",") == 1]
+        states = [tuple(sorted(line.numbers)) for line in first]
+        assert (len(set(states)) == len(states)) == prunes
+
+
 # ---------------------------------------------------------------- what demonstrations look like
 
 

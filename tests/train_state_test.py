@@ -514,7 +514,7 @@ def test_muon_moves_matrices_along_the_nearest_orthogonal_ones_and_the_rest_by_a
         return ((u * np.linspace(0.1, 1, len(s))) @ v).reshape(leaf.shape).astype(np.float32)
 
     grads = jax.tree.map_with_path(gradient_of, initial())
-    tame = dataclasses.replace(CONFIG, matrices="muon", warmup_steps=0, clip=1e9)
+    tame = dataclasses.replace(CONFIG, matrices="muon", warmup_steps=0, clip=1e9, embedding_multiplier=4.0)
     optimizer = make_optimizer(tame)
     updates, _ = optimizer.update(grads, optimizer.init(initial()), initial())
     adam = make_optimizer(dataclasses.replace(tame, matrices="adam"))
@@ -523,7 +523,7 @@ def test_muon_moves_matrices_along_the_nearest_orthogonal_ones_and_the_rest_by_a
     def check(path: tuple, update: Array, grad: Array, other: Array) -> None:
         name = path[-1].key
         if name not in inputs:
-            np.testing.assert_allclose(update, other, rtol=1e-6)
+            np.testing.assert_allclose(update, 4 * other, rtol=1e-6)
             return
         rows = int(np.prod(grad.shape[: inputs[name]]))
         u, _, v = np.linalg.svd(grad.reshape(rows, -1), full_matrices=False)
