@@ -94,7 +94,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         task="countdown",
         seed=0,
         # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
-        init=f"pretrained/{method}" if preset == "desktop" else "",
+        init=f"{'runs' if method == 'sos' else 'pretrained'}/{method}" if preset == "desktop" else "",
         problems=p["problems"],
         demonstrator=demonstrator(method, preset, beam_high, sub_beam_high, spawn_probability),
         number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit

@@ -219,7 +219,8 @@ def load_best(path: str | os.PathLike, like: typing.Any) -> tuple[typing.Any, di
         return huggingface.load(path, like)
     best = Checkpoints(pathlib.Path(path).absolute() / "best", "params", "result")
     if not best.steps():
-        raise UsageError(f"{path} holds no checkpoint yet: let its training reach the first evaluation")
+        remedy = "let its training reach the first evaluation (docs/reproduce.md has the commands)"
+        raise UsageError(f"{path} holds no checkpoint yet: {remedy}")
     step = best.steps()[-1]
     if wrong := best.damage(step):
         raise UsageError(wrong)

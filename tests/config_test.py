@@ -121,10 +121,10 @@ def test_presets_are_those_of_the_design(preset):
     assert experiment.config.model.context == context
 
 
-RETRAINED = pytest.mark.xfail(reason="the shipped runs of SoS and SoS+ are of the previous recipe")
+RETRAINED = pytest.mark.xfail(reason="the shipped run is of the previous recipe")
 
 
-@pytest.mark.parametrize("name", ["apr", pytest.param("sosp", marks=RETRAINED), pytest.param("sos", marks=RETRAINED)])
+@pytest.mark.parametrize("name", [pytest.param("apr", marks=RETRAINED), pytest.param("sosp", marks=RETRAINED)])
 def test_desktop_goes_on_from_the_shipped_laptop_run_of_its_method(name, monkeypatch):
     """So that the methods' starts are alike too: the shipped runs are those of the laptop recipes."""
     monkeypatch.chdir(ROOT)
