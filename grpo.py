@@ -144,13 +144,14 @@ class Trainer:
     """The `loop.Stage` of reinforcement learning: its compiled functions, reference policy and data cursor."""
 
     validates_start = True
+    batch: TokenBatch | None = None
 
     def __init__(self, pool: RolloutPool, reference: typing.Any) -> None:
         self.pool, self.parts, self.reference = pool, pool.parts, reference
         self.config = config = GrpoConfig(**self.parts.config.grpo)
         self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
         self.problem = 0
-        self.loss, self.temperature, self.batch = grpo_loss(config), config.temperature, None
+        self.loss, self.temperature = grpo_loss(config), config.temperature
         model, mesh = self.parts.model, self.parts.mesh
         self.train_step = make_train_step(model, self.parts.optimizer, self.loss, mesh, config.temperature)
         self.score = make_score(model, mesh, config.temperature)

@@ -40,7 +40,7 @@ from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
 from packing import Segment, TokenBatch, lay_out, take_row, to_microbatches
 from records import longest_context
-from train_state import TokenStats, TrainState, make_train_step, state_from_key, state_from_params
+from train_state import LossFn, TokenStats, TrainState, make_train_step, state_from_key, state_from_params
 
 MAX_CONSECUTIVE_OVERLONG = 1000  # demonstrations in a row that may be too long before the config is called hopeless
 LOOK_AHEAD = 256  # segments that wait to be packed: enough to leave almost no token of a row unused
@@ -132,7 +132,7 @@ class Imitation:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.steps = parts, parts.config.optimizer.steps
         self.log_every, self.eval_every = parts.train.log_every, parts.train.eval_every
-        self.loss = sft_loss
+        self.loss: LossFn = sft_loss
         self.train_step = make_train_step(parts.model, parts.optimizer, self.loss, parts.mesh)
         self.stream: DemonstrationStream
 

@@ -51,7 +51,7 @@ class Checkpoints:
             if first:
                 self.path.mkdir(exist_ok=True)
                 for left in [left for left in self.path.glob("*") if not left.name.isdecimal()]:  # by a kill
-                    shutil.rmtree(left)
+                    shutil.rmtree(left, ignore_errors=True)
             multihost_utils.sync_global_devices("room for a checkpoint")
             self._orbax.save(part, args=ocp.args.Composite(**arrays))
             if first:
@@ -62,7 +62,7 @@ class Checkpoints:
                 for old in self.steps()[:-KEEP]:
                     self.delete(old)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = " ".join(str(error).split())[:200]
             remedy = "make room there and run the same command again, which goes on from the last whole checkpoint"
             raise UsageError(f"{place} cannot be written ({reason}): {remedy}") from error
         multihost_utils.sync_global_devices("a checkpoint is whole")

@@ -102,10 +102,12 @@ def _one_sentence() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}: make room or choose another place, then go on")
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}: mend that, and run the same command again")
     except KeyboardInterrupt as stop:
-        told = stop if isinstance(stop, Stopped) else stop.__cause__
-        number = told.number if isinstance(told, Stopped) else signal.SIGINT
+        told: BaseException | None = stop
+        while told is not None and not isinstance(told, Stopped):  # an interrupted run is caused by one
+            told = told.__cause__
+        number = told.number if told else signal.SIGINT
         _fail(f"{told or 'stopped'}: run the same command again to go on", 128 + number)
 
 

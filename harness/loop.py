@@ -83,7 +83,7 @@ def train(pool: RolloutPool, workdir: Workdir, stage: Stage, state: TrainState) 
         progress = Progress(stage.steps, extra["step"], "step")
         clock, pending, waiting = time.monotonic(), extra.pop("pending"), list[_Taken]()
         for step in range(extra["step"] + 1, stage.steps + 1):
-            before = jax.tree.map(jnp.copy, state.params)  # the state itself is donated to the step
+            before = _copy(state.params)  # the state itself is donated to the step
             state, measured = stage.step(state, step)
             waiting.append(_Taken(step, before, stage.batch, measured))
             extra["step"] = step
@@ -118,6 +118,9 @@ def _stops(signals: list[int], checkpoint: bool) -> int:
         return signals[0] if signals else 0
     noted = np.int32(signals[0] if signals else 0)
     return int(multihost_utils.process_allgather(noted).max()) if checkpoint else 0
+
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 @jax.jit

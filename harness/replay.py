@@ -43,8 +43,8 @@ def replay(parts: Parts, workdir: Workdir, stage: Stage) -> None:
     for path, leaf in jax.tree.leaves_with_path(state.params):
         name = "/".join(key.key for key in path)
         print(f"{name:<36} array {jnp.linalg.norm(leaf):<12.5g} gradient {jnp.linalg.norm(gradients[path]):.5g}")
-    sampled, logp = batch.sampled.reshape(-1, batch.sampled.shape[-1]), np.asarray(logp)
-    for row, (which, values) in enumerate(zip(sampled, logp.reshape(sampled.shape), strict=True)):
+    sampled_RT = batch.sampled.reshape(-1, batch.sampled.shape[-1])
+    for row, (which, values) in enumerate(zip(sampled_RT, np.asarray(logp).reshape(sampled_RT.shape), strict=True)):
         if which.any():
             print(f"row {row:<32} sampled {which.sum():<10} lowest log-prob {values[which].min():.5g}")
     print(json.dumps({"step": number, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}))

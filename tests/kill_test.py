@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("KILLS", "20"))
 SMALL = [f"--config.{field}" for field in ("model.layers=1", "sampler.length_bucket=512", "evaluation.problems=4", "train.eval_problems=4")]
 SFT = ["sft.py", "--config=configs/apr.py:smoke", *SMALL, "--config.train.eval_every=2"]
-TIMES = ("seconds", "milliseconds", "throughput_ms")
+TIMES = ("seconds", "per_second", "milliseconds", "throughput_ms")
 SWEEP = """
 import ml_collections
 def get_config():
@@ -121,7 +121,7 @@ def waits_for(process: subprocess.Popen, word: str) -> None:
 @pytest.mark.slow
 def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(start, tmp_path, environment):
     """Stopped by SIGTERM on one device and by Ctrl-C on four, then run to the end on one."""
-    arguments = [*SFT, f"--workdir={tmp_path / 'run'}"]
+    arguments = [*SFT, f"--workdir={tmp_path / 'run'}", "--config.optimizer.steps=100"]
     for number, devices in ((signal.SIGTERM, 1), (signal.SIGINT, 4)):
         process = started(arguments, environment, devices)
         waits_for(process, "loss")
@@ -135,4 +135,4 @@ def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(start, tm
         assert "Traceback" not in err and "which is saved: run the same command again to go on" in err
     finished(arguments, environment)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
-    assert steps == [*range(1, 21)]
+    assert steps == [*range(1, 101)]

@@ -316,7 +316,7 @@ BAD = {  # where a trace file is changed, to what, and what is said
     "other task": ("task", "chess", "task='chess' must be one of countdown, products"),
     "method": ("facts method", None, "facts must be an object with method"),
     "rollout": ("rollout", [], IS),
-    "limit": ("facts number_limit", 3, "number_limit must be at least 10"),
+    "limit": ("facts number_limit", 3, "number_limit must be from 10"),
     "root": ("rollout root", [], "rollout must be an object with problem, root"),
     "target": ("rollout problem target", "8", "integers from 1"),
     "numbers": ("rollout problem numbers", [0, 1], "integers from 1"),

@@ -125,7 +125,7 @@ def test_unknown_text_is_an_error_with_its_offset(text, offset):
 
 
 def test_number_limit_below_ten_is_refused():
-    with pytest.raises(ValueError, match="at least 10.*not 9"):
+    with pytest.raises(ValueError, match="from 10.*not 9"):
         Tokenizer(9)
 
 
