@@ -107,6 +107,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         train=dict(
             **p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
             overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
+            feeders=8 if preset in LARGE else 0,  # processes that make demonstrations ahead, beside the one that trains
         ),
         optimizer=dict(
             **p["optimizer"],
