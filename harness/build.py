@@ -146,6 +146,8 @@ def _check_together(parts: Parts) -> None:
         f"evaluation.samples={parts.evaluation.samples} would draw one rollout over and over "
         "at temperature 0: set sampler.temperature",
     )
+    alone = model.attention == "blocks" or parts.mesh.size == 1
+    require(alone, f"model.attention={model.attention!r} runs on one device, not on {parts.mesh.size}: use 'blocks'")
     for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
         value, size = getattr(model, field), mesh[axis]
         require(value % size == 0, f"model.{field}={value} must be a multiple of mesh.{axis}={size}")
