@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import typing
 
 import jax
@@ -34,6 +35,7 @@ from harness.build import Parts, build
 from harness.cli import usage_errors
 from harness.evaluation import report
 from harness.feeding import Feeder, make
+from harness.plan import plan
 from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
@@ -169,6 +171,9 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     with usage_errors():
         parts = build(config)
+        if flags.FLAGS.dry_run:
+            print(json.dumps(plan(parts)))
+            return
         DemonstrationStream(parts)  # raises where no demonstration fits
     start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
@@ -184,6 +189,7 @@ def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", "configs/apr.py", "Recipe, with an optional :preset.")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
+    flags.DEFINE_bool("dry_run", False, "Print what the training takes, and end.")
 
 
 if __name__ == "__main__":
