@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from checks import Bound, Checked, at_least, require, within
+from checks import Bound, Checked, at_least, one_of, require, within
 from model import Decoder, ModelConfig, Past
 
 REFILL_ONE_IN = 4  # a burst ends when one in so many of its rows is done, decoding when one in so many of all is
@@ -40,6 +40,7 @@ class SamplerConfig(Checked):
     temperature: Annotated[float, at_least(0)]  # of the policy; 0 is greedy
     top_k: Annotated[int, at_least(0)]  # sample from the k most likely ids; 0 is off
     top_p: Annotated[float, Bound(lambda p: 0 < p <= 1, "above 0 and at most 1")]  # of the likely ids; 1 is off
+    buckets: Annotated[str, one_of("fine", "coarse")] = "fine"  # sizes that device functions are compiled for
 
     def fit(self, model: ModelConfig, devices: int) -> None:
         """Raises ValueError if this model or number of devices cannot be sampled with these settings."""

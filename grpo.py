@@ -22,6 +22,7 @@ once (`packing.py`), not once per call.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import time
@@ -39,6 +40,7 @@ from harness import loop
 from harness.build import Parts, build
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
+from harness.plan import plan
 from harness.processes import launch
 from harness.replay import replay
 from harness.rollouts import RolloutPool
@@ -289,6 +291,9 @@ def main(_: list[str]) -> None:
     with usage_errors():
         parts = prepare(start, flags.FLAGS.config)
     config = parts.config
+    if flags.FLAGS.dry_run:
+        print(json.dumps(plan(parts)))
+        return
     params, result = load_best(start, parts.param_shapes())
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
     origin = f"{start} (step {result['step']})"
@@ -308,6 +313,7 @@ def define_flags() -> None:
     flags.DEFINE_string("init", None, "Supervised run to start from (default: APR's of the preset, own or shipped).")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
     flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
+    flags.DEFINE_bool("dry_run", False, "Print what the training takes, and end.")
 
 
 if __name__ == "__main__":

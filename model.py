@@ -16,7 +16,6 @@ Attention of whole rows (the training path) is written for the cache of a CPU an
 the memory of an accelerator, after FlashAttention (arXiv 2205.14135): queries
 are cut into a few blocks, a block looks only at the keys up to its own end, and
 the backward pass computes the probabilities again from q, k and the log-sum-exp.
-On a CPU, micro-batches of about 2,000 tokens are fastest: activations stay in the cache.
 
 Deviations from the paper: Llama, but for its initial weights: embeddings enter at
 unit size and the residual branches start small. Try it: `python -m benchmarks.train`.
@@ -32,8 +31,9 @@ Dimension key, used as name suffixes:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import flax.linen as nn
@@ -43,6 +43,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from checks import Checked, above, at_least, one_of, require, within
+from kernels.scan_layers import scan_layers
+from kernels.until_attention import until_attention
 
 NORM_EPSILON = 1e-6
 HIDDEN = -1e30  # score of what must not be seen; finite, so that a row that sees nothing stays free of NaN
@@ -65,13 +67,14 @@ class ModelConfig(Checked):
     rope_theta: Annotated[float, above(0)]
     tied: bool  # the head is the transposed embedding
     dtype: Annotated[str, one_of("float32", "bfloat16")]  # of the computation; parameters are float32
+    attention: Annotated[str, one_of("blocks", "pallas")] = "blocks"  # of whole rows; "pallas" is a GPU kernel
+    scan_layers: bool = False  # in training a loop over layers: quicker to compile, and on a CPU slower to run
 
     def check(self) -> None:
         """Checks the heads."""
         shared = self.heads % self.kv_heads == 0
         require(shared, f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
-        even = self.head_width % 2 == 0
-        require(even, f"model.head_width={self.head_width} must be even for rotary positions")
+        require(self.head_width % 2 == 0, f"model.head_width={self.head_width} must be even for rotary positions")
 
 
 class Past(typing.NamedTuple):
@@ -248,7 +251,8 @@ class Attention(nn.Module):
             o_RTNH = attend_parts(q_RTNH, [*past, (k_RTKH, v_RTKH, visibility(until_RT))])
         else:
             q_RKGTH = q_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-            o_RKGTH = attend_rows(q_RKGTH, k_RTKH.transpose(0, 2, 1, 3), v_RTKH.transpose(0, 2, 1, 3), until_RT)
+            attend = until_attention if c.attention == "pallas" else attend_rows
+            o_RKGTH = attend(q_RKGTH, k_RTKH.transpose(0, 2, 1, 3), v_RTKH.transpose(0, 2, 1, 3), until_RT)
             o_RTNH = o_RKGTH.transpose(0, 3, 1, 2, 4)
         w_out = _kernel(self, "out", (N, H, D), inputs=2)
         return (o_RTNH.reshape(R * T, N * H) @ w_out.reshape(N * H, D)).reshape(R, T, D), (k_RTKH, v_RTKH)
@@ -286,25 +290,29 @@ class Decoder(nn.Module):
             raise ValueError(f"rows of {tokens_RT.shape[1]} tokens do not fit model.context = {c.context}")
         embedding_VD = self.param("embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width))
         table = rotary_table(positions_RT, c.head_width, c.rope_theta)
-        # Unit-size inputs and, tied, unit-size logits: at 0.02 the branches drown the token (LOG.md has the curves).
-        # Cast first, as the sampler's table is: else they would differ in bfloat16.
+        # Unit-size inputs (LOG.md has the curves), cast first as the sampler's table is: else bfloat16 would differ.
         x_RTD = embedding_VD[tokens_RT].astype(c.dtype) * c.width**0.5
-        ks, vs = [], []
-        for layer in range(c.layers):
-            parts = [(p.k[layer], p.v[layer], p.visible[:, None, :]) for p in past]
-            h_RTD = RMSNorm(name=f"attention_norm_{layer}")(x_RTD)
-            h_RTD, (k, v) = Attention(c, name=f"attention_{layer}")(h_RTD, table, until_RT, parts)
+        modules = {"attention": functools.partial(Attention, c), "mlp": functools.partial(SwiGLU, c)}
+        modules |= {"attention_norm": RMSNorm, "mlp_norm": RMSNorm}
+
+        def layer(run: Callable, x_RTD: Array, parts: Sequence) -> tuple[Array, tuple[Array, Array]]:
+            h_RTD, kv = run("attention", run("attention_norm", x_RTD), table, until_RT, parts)
             x_RTD = x_RTD + h_RTD
-            x_RTD = x_RTD + SwiGLU(c, name=f"mlp_{layer}")(RMSNorm(name=f"mlp_norm_{layer}")(x_RTD))
-            ks.append(k)
-            vs.append(v)
-        x_RTD = RMSNorm(name="final_norm")(x_RTD)
-        if c.tied:
-            w_DV = embedding_VD.T
+            return x_RTD + run("mlp", run("mlp_norm", x_RTD)), kv
+
+        if c.scan_layers and not past and not self.is_initializing():
+            x_RTD, (ks, vs) = scan_layers(layer, modules, self.variables["params"], c.layers, x_RTD)
         else:
-            w_DV = self.param("head", nn.initializers.normal(0.02), (c.width, c.vocab_size))
+            kvs = []
+            for i in range(c.layers):
+                parts = [(p.k[i], p.v[i], p.visible[:, None, :]) for p in past]
+                x_RTD, kv = layer(lambda name, *args, i=i: modules[name](name=f"{name}_{i}")(*args), x_RTD, parts)
+                kvs.append(kv)
+            ks, vs = (jnp.stack(x) for x in zip(*kvs, strict=True))
+        x_RTD = RMSNorm(name="final_norm")(x_RTD)
+        w_DV = embedding_VD.T if c.tied else self.param("head", nn.initializers.normal(0.02), (c.width, c.vocab_size))
         logits = jnp.matmul(x_RTD.reshape(-1, c.width), w_DV.astype(c.dtype), preferred_element_type=jnp.float32)
-        return logits.reshape(*tokens_RT.shape, c.vocab_size), (jnp.stack(ks), jnp.stack(vs))
+        return logits.reshape(*tokens_RT.shape, c.vocab_size), (ks, vs)
 
 
 def token_logprobs(logits_RTV: Array, tokens_RT: Array) -> Array:
@@ -328,7 +336,6 @@ _SPECS = {
     "head": PartitionSpec("fsdp", None),
     "scale": PartitionSpec(),
 }
-
 
 # The kernels, and how many of their leading axes are contracted.
 MATRICES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}

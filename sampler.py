@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 import typing
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,35 @@ from protocols import Completion, PrefillRequest
 
 PREFILL_LENGTHS = (32, 128)  # ids per row in one call; longer fills take several
 PREFILL_ROWS = (1, 4, 16)  # rows per device in one call; more take several
+
+
+class Buckets(typing.NamedTuple):
+    """Sizes of device calls. Decoding compiles a function for each rows x slots, prefill for each of all three."""
+
+    rows: tuple[int, ...]
+    slots: tuple[int, ...]
+    prefill_rows: tuple[int, ...]
+    prefill_lengths: tuple[int, ...]
+    prefill_slots: tuple[int, ...]
+
+
+def make_buckets(config: SamplerConfig, rows: int, context: int) -> Buckets:
+    """Sizes for so many rows of a device.
+
+    "fine" sizes waste little, which a CPU needs. "coarse" ones are few, because an accelerator takes seconds to
+    compile each function and computes the waste at little cost.
+    """
+    slots = _length_buckets(config.length_bucket, context)
+    if config.buckets == "coarse":
+        small, medium = max(1, rows // 32), max(1, rows // 4)
+        lengths, prefill_rows, every = PREFILL_LENGTHS[-1:], (small, max(1, rows // 8)), len(slots)
+        decoded = small, medium, rows
+    else:  # a step of two rows costs what one of four does
+        decoded = *(1 << i for i in range((rows - 1).bit_length()) if i != 1), rows
+        lengths, prefill_rows, every = PREFILL_LENGTHS, PREFILL_ROWS, 4
+    fit = {min(length, context) for length in lengths}
+    prefill_slots = (0, *slots[::-every][::-1])
+    return Buckets(tuple(sorted({*decoded})), slots, tuple(sorted({*prefill_rows})), tuple(sorted(fit)), prefill_slots)
 
 
 @dataclasses.dataclass
@@ -90,12 +120,10 @@ class Sampler:
         self.mesh = mesh or Mesh(np.asarray(jax.local_devices()[:1]), ("data",))
         self.rows, self.devices, self.context = config.rows, self.mesh.shape["data"], model.config.context
         config.fit(model.config, self.devices)
+        model = Decoder(dataclasses.replace(model.config, attention="blocks", scan_layers=False))  # of training alone
         self.model, self.config = model, config
         self.per_device = self.rows // self.devices
-        self.row_buckets = _row_buckets(self.per_device)
-        self.slot_buckets = _length_buckets(config.length_bucket, self.context)
-        self.prefill_lengths = tuple(sorted({min(length, self.context) for length in PREFILL_LENGTHS}))
-        self.prefill_slots = (0, *self.slot_buckets[::-4][::-1])
+        self.buckets = make_buckets(config, self.per_device, self.context)
         # Ids fed (prefill_tokens) and drawn (decode_tokens), decode_steps, steps x rows that were computed
         # (row_steps), and prefill_seconds, decode_seconds, host_seconds.
         self.counters: collections.defaultdict[str, float] = collections.defaultdict(float)
@@ -108,16 +136,14 @@ class Sampler:
     def _empty(self) -> Cache:
         c = self.model.config
         # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
-        slots = self.slot_buckets[-1] + max(self.config.steps_per_call, self.prefill_lengths[-1])
+        slots = self.buckets.slots[-1] + max(self.config.steps_per_call, self.buckets.prefill_lengths[-1])
         shape = (self.rows, c.kv_heads, slots, c.head_width)
         zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
         return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
 
     def update(self, params: typing.Any) -> None:
         """Takes new parameters of the same shapes. Rows keep what they have cached under the old ones."""
-        dtype = self.model.config.dtype  # matrices are computed in it; the scales of norms stay float32
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
-        self._params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        self._params = jax.device_put(_cast(params, self.model.config.dtype), NamedSharding(self.mesh, PartitionSpec()))
 
     def reset(self) -> None:
         """Stops and empties every row, even after an exception that left no history behind."""
@@ -171,7 +197,7 @@ class Sampler:
         return len(self._rows[number].ids) - 1 - self._rows[number].cached
 
     def _chunk(self, number: int) -> int:
-        return _fit(self.prefill_lengths, min(self._uncached(number), self.prefill_lengths[-1]))
+        return _fit(self.buckets.prefill_lengths, min(self._uncached(number), self.buckets.prefill_lengths[-1]))
 
     def _group(self, waiting: list[int]) -> tuple[list[int], int, int]:
         """Rows to feed in one call, how many that call takes per device, and how many ids of each."""
@@ -179,12 +205,13 @@ class Sampler:
         alike = [number for number in waiting if self._chunk(number) == length]
         alike.sort(key=lambda number: self._rows[number].cached)
         devices = [[n for n in alike if n // self.per_device == device] for device in range(self.devices)]
-        size = max(size for size in PREFILL_ROWS if size <= max(map(len, devices)))
+        sizes = self.buckets.prefill_rows
+        size = max([size for size in sizes if size <= max(map(len, devices))] or sizes[:1])
         return [number for rows in devices for number in rows[:size]], size, length
 
     def _feed(self, numbers: list[int], size: int, length: int) -> None:
         """A chunk of each row goes through the model and into the history."""
-        slots = _fit(self.prefill_slots, max(self._rows[number].cached for number in numbers))
+        slots = _fit(self.buckets.prefill_slots, max(self._rows[number].cached for number in numbers))
         rows, order = self._layout(numbers, size, len(PREFILL_COLUMNS))
         ids = np.zeros((len(rows), length), np.int32)
         for place, number in order:
@@ -244,15 +271,15 @@ class Sampler:
             for device in range(self.devices)
         ]
         while left := [rows for rows in devices if rows]:
-            slots = _fit(self.slot_buckets, max(self._rows[rows[-1]].cached for rows in left))
+            slots = _fit(self.buckets.slots, max(self._rows[rows[-1]].cached for rows in left))
             group = [rows[-self._rows_per_call(slots) :] for rows in left]
             for rows, taken in zip(left, group, strict=True):
                 del rows[-len(taken) :]
-            yield [n for taken in group for n in taken], _fit(self.row_buckets, max(map(len, group))), slots
+            yield [n for taken in group for n in taken], _fit(self.buckets.rows, max(map(len, group))), slots
 
     def _rows_per_call(self, slots: int) -> int:
         """How many rows of this length one call takes per device."""
-        return max([size for size in self.row_buckets if size * slots <= self.config.max_gathered_slots] or [1])
+        return max([size for size in self.buckets.rows if size * slots <= self.config.max_gathered_slots] or [1])
 
     def _decode_call(
         self, numbers: list[int], size: int, slots: int
@@ -276,13 +303,14 @@ class Sampler:
         row.drew.logprobs += logp[:count].tolist()
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(params: typing.Any, dtype: str) -> typing.Any:
+    """Matrices in the type that they are computed in; the scales of norms stay float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+
+
 def _fit(buckets: Sequence[int], needed: int) -> int:
     return next(bucket for bucket in buckets if bucket >= needed)
-
-
-def _row_buckets(last: int) -> tuple[int, ...]:
-    """1, 4, 8, 16, ... and last: a step of two rows costs what one of four does."""
-    return (*(1 << i for i in range((last - 1).bit_length()) if i != 1), last)
 
 
 def _length_buckets(unit: int, last: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import typing
 
 import jax
@@ -29,17 +30,17 @@ from absl import flags
 from jax import Array
 from ml_collections import config_flags
 
-import packing
 from harness import loop
 from harness.build import Parts, build
 from harness.cli import usage_errors
 from harness.evaluation import report
+from harness.feeding import Feeder, make
+from harness.plan import plan
 from harness.processes import launch
 from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
 from packing import Segment, TokenBatch, lay_out, take_row, to_microbatches
-from records import longest_context
 from train_state import LossFn, TokenStats, TrainState, make_train_step, state_from_key, state_from_params
 
 MAX_CONSECUTIVE_OVERLONG = 1000  # demonstrations in a row that may be too long before the config is called hopeless
@@ -70,16 +71,20 @@ class DemonstrationStream:
     are packed (`packing.take_row`), so the order of training changes within the pool alone.
     """
 
-    def __init__(self, parts: Parts, cursor: dict[str, typing.Any] | None = None) -> None:
-        """Goes on at `cursor`, or starts. Raises ValueError if hardly any demonstration fits the context and rows."""
+    def __init__(self, parts: Parts, cursor: dict[str, typing.Any] | None = None, feeders: int = 0) -> None:
+        """Goes on at `cursor`, or starts; `feeders` processes make the demonstrations, with 0 this one.
+
+        Raises ValueError if hardly any demonstration fits the context, and UsageError if a feeder fails.
+        """
         self.parts, self.context = parts, parts.model.config.context
         self._micro_rows = parts.train.rows_per_pass(parts.devices)
         self.used = 0.0  # share of the tokens of the last batch that carry a segment
         self.drawn: int = cursor["drawn"] if cursor else 0
         self.overlong: int = cursor["overlong"] if cursor else 0
         places = cursor["waiting"] if cursor else []
-        pieces = {index: self._draw(index)[0] for index in {index for index, _ in places}}
+        pieces = {index: make(parts.domain, parts.config, index)[0] for index in {index for index, _ in places}}
         self._waiting = [Waiting(index, piece, pieces[index][piece]) for index, piece in places]
+        self._feeder = Feeder(parts.domain, parts.config, self.drawn, feeders)
         self._refill()
 
     @property
@@ -88,22 +93,11 @@ class DemonstrationStream:
         places = [[waiting.index, waiting.piece] for waiting in self._waiting]
         return {"drawn": self.drawn, "overlong": self.overlong, "waiting": places}
 
-    def _draw(self, index: int) -> tuple[list[Segment], bool]:
-        """Segments of a demonstration, and whether it overran the context."""
-        rollout = self.parts.domain.demonstration("train", self.parts.config.seed, index)
-        if too_long := longest_context(rollout.root) > self.context:
-            if self.parts.train.overlong == "drop":
-                return [], True
-            for thread in rollout.threads():
-                packing.cut(thread, self.context)
-        pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, self.context)]
-        return pieces, too_long
-
     def _refill(self) -> None:
         """Draws demonstrations until the pool is full."""
         lost = 0
         while len(self._waiting) < LOOK_AHEAD:
-            segments, too_long = self._draw(self.drawn)
+            segments, too_long = self._feeder.next()
             self._waiting += [Waiting(self.drawn, piece, segment) for piece, segment in enumerate(segments)]
             self.drawn, self.overlong = self.drawn + 1, self.overlong + too_long
             lost = 0 if segments else lost + 1
@@ -138,7 +132,7 @@ class Imitation:
 
     def resume(self, cursor: dict[str, typing.Any] | None) -> None:
         """Goes on with the demonstrations at a cursor."""
-        self.stream = DemonstrationStream(self.parts, cursor)
+        self.stream = DemonstrationStream(self.parts, cursor, self.parts.train.feeders)
 
     def cursor(self) -> dict[str, typing.Any]:
         """Where the demonstrations stand."""
@@ -182,6 +176,9 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     with usage_errors():
         parts = build(config)
+        if flags.FLAGS.dry_run:
+            print(json.dumps(plan(parts)))
+            return
         DemonstrationStream(parts)  # raises where no demonstration fits
     start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
     workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
@@ -201,6 +198,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", "configs/apr.py", "Recipe, with an optional :preset.")
     flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
     flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
+    flags.DEFINE_bool("dry_run", False, "Print what the training takes, and end.")
 
 
 if __name__ == "__main__":

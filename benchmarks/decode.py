@@ -93,7 +93,7 @@ class Replay:
         limits = {fill.row: len(self._held[fill.row]) for fill in fills}
         if self.schedule == "lockstep":
             limits = dict.fromkeys(limits, max(limits.values()))
-        self.engine.prefill([dataclasses.replace(fill, limit=limits[fill.row]) for fill in fills])
+        self.engine.prefill([dataclasses.replace(fill, max_new_tokens=limits[fill.row]) for fill in fills])
 
     def decode(self) -> list[typing.Any]:
         """Rows that have stopped, with the recorded ids; all of them unless rows are refilled."""
@@ -172,42 +172,47 @@ def equal(engine: typing.Any, repeats: int) -> float:
     return engine.rows * NEW / best(repeats, run)
 
 
+def demonstrations(parts: typing.Any, count: int, children: int = 0) -> list[typing.Any]:
+    """The first that fit the context; if `children` is given, those that start so many at once and no others."""
+    import solver
+    from records import longest_context
+
+    domain, demonstrator = parts.domain, parts.domain.demonstrator
+    if children:
+        wide = {"beam": (children, children), "beam_low_without_budget": children, "sub_beam_high": children}
+        demonstrator = dataclasses.replace(demonstrator, **wide)
+    found: list[typing.Any] = []
+    for index in itertools.count():
+        rollout = solver.demonstration(domain.family, demonstrator, domain.demo_task, "train", 0, index)
+        fits = longest_context(rollout.root) <= parts.model.config.context
+        if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
+            found.append(rollout)
+        if len(found) == count:
+            break
+    return found
+
+
 def ours(args: argparse.Namespace) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:
     """All our figures, and the workload for the peer."""
     import jax
 
-    import solver
     from configs import apr
     from decoding import SamplerConfig
     from harness.build import build
-    from records import longest_context, sequential_tokens
+    from records import sequential_tokens
     from sampler import Sampler
     from train_state import init_params
 
     config = apr.get_config(args.preset).unlock()
     experiment: typing.Any = build(config)
-    domain = experiment.domain
     params = init_params(experiment.model, jax.random.key(0))
 
     def engine(rows: int) -> typing.Any:
         settings = SamplerConfig(rows, args.steps, config.sampler.length_bucket, args.slots, args.temperature, 0, 1.0)
         return Sampler(experiment.model, params, settings, ())
 
-    def demonstrations(count: int, changes: dict[str, typing.Any], children: int) -> list[typing.Any]:
-        """The first that fit the context and have at least so many children, none of their own below."""
-        demonstrator = dataclasses.replace(experiment.domain.demonstrator, **changes)
-        found: list[typing.Any] = []
-        for index in itertools.count():
-            rollout = solver.demonstration(domain.family, demonstrator, domain.task, "train", 0, index)
-            fits = longest_context(rollout.root) <= config.model.context
-            if fits and (children == 0 or [len(spawned) for spawned in rollout.root.spawns] == [children]):
-                found.append(rollout)
-            if len(found) == count:
-                return found
-        raise AssertionError
-
-    rollouts = demonstrations(args.problems, {}, 0)
-    wide = demonstrations(8, {"beam": (8, 8), "sub_beam_high": 8}, 8)
+    rollouts = demonstrations(experiment, args.problems)
+    wide = demonstrations(experiment, 8, children=8)
     few = rollouts[: max(1, args.problems // 10)]
     figures: dict[str, typing.Any] = {
         "equal_tokens_per_s": {n: equal(engine(n), args.repeats) for n in args.equal_rows}

@@ -107,36 +107,55 @@ def segment_ends(rng, tokens: int, packed: bool) -> list[int]:
     return [*(end for end in ends if 0 < end < tokens), tokens]
 
 
-def serve_peer(args: argparse.Namespace) -> None:
-    """Runs in the peer's python: one training step, and one line with its timing, per line of input."""
+def peer_step(
+    shape: dict[str, int], rows: int, micro: int, tied: bool, device: str = "cpu", compiled: bool = False
+) -> Callable[[], object]:
+    """A training step of the same Llama in PyTorch, one segment per row; on "cuda" in bfloat16 with fused AdamW.
+
+    `shape` holds vocab_size, width, layers, heads, kv_heads, mlp_width and context.
+    """
     import torch
     import transformers
 
-    torch.set_num_threads(args.threads)
     config = transformers.LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.width,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.heads,
-        max_position_embeddings=args.tokens,
-        tie_word_embeddings=True,
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["width"],
+        intermediate_size=shape["mlp_width"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        max_position_embeddings=shape["context"],
+        tie_word_embeddings=tied,
         attn_implementation="sdpa",
     )
-    llama = transformers.LlamaForCausalLM(config).float().train()
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
-    tokens = torch.randint(0, args.vocab, (args.rows, args.tokens))
+    llama = transformers.LlamaForCausalLM(config).float().train().to(device)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3, fused=device == "cuda")
+    tokens = torch.randint(0, shape["vocab_size"], (rows, shape["context"]), device=device)
+    forward = torch.compile(llama) if compiled else llama
 
     def step() -> None:
         optimizer.zero_grad()
-        for rows in tokens.split(args.micro):
-            loss = llama(input_ids=rows, labels=rows, use_cache=False).loss
-            (loss * len(rows) / args.rows).backward()
+        for part in tokens.split(micro):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = forward(input_ids=part, labels=part, use_cache=False).loss
+            (loss * len(part) / rows).backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     step()
+    return step
+
+
+def serve_peer(args: argparse.Namespace) -> None:
+    """Runs in the peer's python: one training step, and one line with its timing, per line of input."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    heads = {"heads": args.heads, "kv_heads": args.heads}
+    shape = {"vocab_size": args.vocab, "width": args.width, "layers": args.layers, "mlp_width": args.mlp, **heads}
+    step = peer_step({**shape, "context": args.tokens}, args.rows, args.micro, tied=True)
     for _ in sys.stdin:
         print(json.dumps(dataclasses.asdict(timed(step))), flush=True)
 

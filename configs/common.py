@@ -86,6 +86,13 @@ def evaluation(preset: str) -> dict[str, int]:
     )
 
 
+def buckets(preset: str) -> dict[str, Any]:
+    """Sizes of the sampler's device calls: compiling is dear on an accelerator, computing on a CPU."""
+    if preset in LARGE:
+        return dict(buckets="coarse", length_bucket=PRESETS[preset]["model"]["context"] // 2)
+    return dict(buckets="fine", length_bucket=64)
+
+
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
     p = choose(PRESETS, preset)
@@ -103,10 +110,13 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             rope_theta=10_000.0,
             tied=preset not in LARGE,  # Llama 2's head is its own
             dtype="bfloat16" if preset in LARGE else "float32",
+            attention="blocks",  # or "pallas": a kernel for one GPU (docs/hardware.md)
+            scan_layers=preset in LARGE,  # a loop over layers: compiling is dear on an accelerator, running on a CPU
         ),
         train=dict(
             **p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
             overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
+            feeders=8 if preset in LARGE else 0,  # processes that make demonstrations ahead, beside the one that trains
         ),
         optimizer=dict(
             **p["optimizer"],
@@ -126,7 +136,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         budget=BUDGET,
         limits=LIMITS,
         # rows: over all workers; workers: samplers at work at once, on a CPU one per core
-        sampler=dict(**p["sampler"], steps_per_call=32, length_bucket=64, temperature=0.0, top_k=0, top_p=1.0),
+        sampler=dict(**p["sampler"], **buckets(preset), steps_per_call=32, temperature=0.0, top_k=0, top_p=1.0),
         evaluation=evaluation(preset),
         mesh=MESH,
     )

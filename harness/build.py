@@ -37,6 +37,7 @@ class TrainConfig(Checked):
     log_every: Annotated[int, at_least(1)]
     eval_every: Annotated[int, at_least(1)]  # updates between validations, each followed by a checkpoint
     eval_problems: Annotated[int, at_least(1)]  # validation problems
+    feeders: Annotated[int, at_least(0)] = 0  # processes that make demonstrations ahead; with 0 training makes them
 
     def rows_per_pass(self, devices: int) -> int:
         """Rows per forward pass over all devices. Raises ValueError if that does not divide `rows`."""
@@ -147,6 +148,8 @@ def _check_together(parts: Parts) -> None:
         f"evaluation.samples={parts.evaluation.samples} would draw one rollout over and over "
         "at temperature 0: set sampler.temperature",
     )
+    alone = model.attention == "blocks" or parts.mesh.size == 1
+    require(alone, f"model.attention={model.attention!r} runs on one device, not on {parts.mesh.size}: use 'blocks'")
     for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
         value, size = getattr(model, field), mesh[axis]
         require(value % size == 0, f"model.{field}={value} must be a multiple of mesh.{axis}={size}")

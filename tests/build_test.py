@@ -22,7 +22,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CORE = {path.stem for path in ROOT.glob("*.py")}  # the top level
 HOST_ONLY = (  # these never import JAX, nor anything that needs it
-    *("packing", "parallel_runtime", "solver", "countdown.task", "harness.cli", "harness.stats"),
+    *("packing", "parallel_runtime", "solver", "countdown.task", "harness.cli", "harness.feeding", "harness.grid", "harness.stats"),
     *("analysis.verifier", "analysis.viewer", "analysis.tables", "analysis.figures"),
 )
 ACCELERATOR = {"flax", "jax", "jaxlib", "optax", "orbax"}

@@ -130,9 +130,8 @@ def test_desktop_goes_on_from_the_shipped_laptop_run_of_its_method(name, monkeyp
     monkeypatch.chdir(ROOT)
     experiment = build(one_device(SUPERVISED[name], "desktop"))
     start, laptop = read_config(experiment.config.init), SUPERVISED[name].get_config().to_dict()
-    assert {part: start[part] for part in ("demonstrator", "train", "optimizer")} == {
-        part: laptop[part] for part in ("demonstrator", "train", "optimizer")
-    }
+    for part in ("demonstrator", "train", "optimizer"):  # fields that came later are not in a run's config
+        assert start[part] == {name: value for name, value in laptop[part].items() if name in start[part]}
     load_best(experiment.config.init, experiment.param_shapes())  # raises if it does not fit
 
 

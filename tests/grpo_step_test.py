@@ -149,3 +149,22 @@ def test_the_loss_is_that_of_the_policys_temperature(compilation_cache):
         spread = np.asarray(trainer.score(trainer.reference, batch))[batch.sampled]
         gaps.append(spread.std())
     assert gaps[1] > 1.5 * gaps[0]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(compilation_cache) -> tuple[TrainState, dict[str, float]]:
+    return stepped(first_is_right, grpo__updates=2, grpo__old_logp="trainer", train__micro_rows=1)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_a_step_is_the_same_on_every_mesh(on_one_device, mesh):
+    """Scores under policy and reference, and two updates; the rows of a forward pass are other ones."""
+    data, fsdp, tensor = mesh
+    axes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    _, _, (state, values) = stepped(first_is_right, grpo__updates=2, grpo__old_logp="trainer", train__micro_rows=1, **axes)
+    (expected, known), moved = on_one_device, jax.device_get(state.params)
+    for name in ("loss", "kl", "entropy", "grad_norm"):
+        assert values[name] == pytest.approx(known[name], rel=1e-4, abs=1e-5), name
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).mean()), moved, jax.device_get(expected.params))
+    assert max(jax.tree.leaves(apart)) < 1e-5  # two updates of Adam move an entry by about 2e-4

@@ -1,0 +1,73 @@
+"""What training takes, from its configuration alone: `--dry_run` prints it and ends.
+
+Bytes are those of the state between two updates and of the cache of the samplers. Activations and the workspace of
+the compiler come on top; they depend on the device, and `benchmarks.accelerator` measures them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from harness.build import Parts
+from model import ModelConfig
+from train_state import new_state, state_shardings
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters that every token is multiplied with: the matrices of all layers, and the head."""
+    heads = (2 * config.heads + 2 * config.kv_heads) * config.head_width
+    return config.layers * config.width * (heads + 3 * config.mlp_width) + config.width * config.vocab_size
+
+
+def flops_per_token(config: ModelConfig, keys: float) -> float:
+    """Floating-point operations of one token in training that looks at `keys` keys on average.
+
+    A multiplication and an addition are two. The backward pass takes twice the forward pass. Norms, rotations and
+    softmax are left out, as is usual (PaLM, arXiv 2204.02311, appendix B).
+    """
+    attention = 4 * config.layers * config.heads * config.head_width * keys
+    return 3 * (2 * matrix_parameters(config) + attention)
+
+
+def state_bytes(parts: Parts) -> tuple[int, int]:
+    """Bytes on each device of the mesh: of the whole state, and of the parameters in it (gradients take as many)."""
+    params = parts.param_shapes()
+    state = jax.eval_shape(functools.partial(new_state, parts.optimizer), params)
+    shardings = state_shardings(parts.mesh, parts.optimizer, params)
+
+    def size(leaf: typing.Any, where: typing.Any) -> int:
+        return math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    sizes = jax.tree.map(size, state, shardings)
+    return sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(sizes.params))
+
+
+def cache_bytes(parts: Parts) -> int:
+    """Bytes of the keys and values of full rows on each device of this process."""
+    config = parts.model.config
+    per_id = 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+    return parts.workers * parts.sampler.rows * config.context * per_id // parts.sampler_mesh().size
+
+
+def plan(parts: Parts) -> dict[str, typing.Any]:
+    """The figures of a configuration; how many tokens a step of GRPO has depends on its rollouts."""
+    config, (state, gradients) = parts.model.config, state_bytes(parts)
+    flops = flops_per_token(config, (config.context + 1) / 2)  # as if rows were one causal segment
+    figures: dict[str, typing.Any] = {
+        "parameters": parts.parameter_count(),
+        "devices": parts.mesh.size,
+        "state_bytes_per_device": state,
+        "gradient_bytes_per_device": gradients,
+        "cache_bytes_per_device": cache_bytes(parts),
+        "flops_per_token": flops,
+        "steps": parts.config.optimizer.steps,
+    }
+    if "grpo" not in parts.config:
+        tokens = parts.train.rows * config.context
+        figures |= {"tokens_per_step": tokens, "flops_per_step": tokens * flops}
+    return figures
