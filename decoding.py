@@ -192,7 +192,8 @@ def _decode_device(
         past = view.past(old_BS), burst.tail.past(visible_BI)
         logits, new = model.apply({"params": params}, tokens_B1, positions_B1, jnp.ones_like(tokens_B1), past)
         ids_B, logp_B = sample(logits[:, 0], key_B2, drawn_B + burst.step, config)
-        # The value is always burst.step. Depending on the ids makes XLA write the tail in place, after all reads.
+        # Always burst.step, as no id is negative: but XLA sees that it needs the ids, so it ends all reads of the
+        # tail before this write, and writes in place.
         column = jnp.where(ids_B[0] < 0, 0, burst.step)
         count_B = burst.count_B + ~burst.done_B
         stop_B = (ids_B[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(axis=1)

@@ -16,7 +16,7 @@ One step:
 
 `objective.py` has the formulas. The paper's objective is the `paper` preset.
 
-Deviations from the paper: injected ids (prompts, joined messages) carry no gradient; a parent with joins is encoded
+Deviations from the paper: injected ids (prompts, join blocks) carry no gradient; a parent with joins is encoded
 once (`packing.py`), not once per call.
 """
 
@@ -93,13 +93,14 @@ def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int
 def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list[Segment]:
     """Segments of all threads of a step, of at most `length` tokens, with their weights and advantages attached."""
     rollouts = [rollout for group in collected.groups for rollout in group]
-    sizes = [[len(call.sampled) for t in r.threads() for call in t.calls if call.sampled] for r in rollouts]
-    totals = Totals(len(rollouts), sum(map(len, sizes)), sum(map(sum, sizes)), config.rollout_constant)
+    ids_per_call = [[len(call.sampled) for t in r.threads() for call in t.calls if call.sampled] for r in rollouts]
+    num_calls = [len(ids) for ids in ids_per_call]
+    totals = Totals(len(rollouts), sum(num_calls), sum(map(sum, ids_per_call)), config.rollout_constant)
     weigh = AGGREGATES[config.aggregate]
     pieces = []
-    for rollout, size, advantage in zip(rollouts, sizes, collected.advantages.reshape(-1), strict=True):
+    for rollout, calls, advantage in zip(rollouts, num_calls, collected.advantages.reshape(-1), strict=True):
         for thread in rollout.threads():
-            weights = [weigh(max(1, len(call.sampled)), len(size), totals) for call in thread.calls]
+            weights = [weigh(max(1, len(call.sampled)), calls, totals) for call in thread.calls]
             for piece in segments(thread, length):
                 piece.attach(weights, advantage)
                 pieces.append(piece)

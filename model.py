@@ -17,8 +17,8 @@ the memory of an accelerator, after FlashAttention (arXiv 2205.14135): queries
 are cut into a few blocks, a block looks only at the keys up to its own end, and
 the backward pass computes the probabilities again from q, k and the log-sum-exp.
 
-Deviations from the paper: Llama, but for its initial weights: embeddings enter at
-unit size and the residual branches start small. Try it: `python -m benchmarks.train`.
+Deviation from the paper, which is the same Llama: the initial weights. Embeddings are scaled to
+unit size, the output matrices of attention and MLP by 1 / sqrt(2 L). Try it: `python -m benchmarks.train`.
 
 Dimension key, used as name suffixes:
   R rows         T tokens of a row     S slots of a past part    L layers

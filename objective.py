@@ -62,7 +62,7 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def k1(d: Array) -> Array:
-    """-d, with the gradient of k2: its own is zero in the mean, so that it would hold the policy to nothing."""
+    """Value -d, gradient of k2: the gradient of -d has mean zero, so it would not pull the policy back."""
     return k2(d) + jax.lax.stop_gradient(-d - k2(d))
 
 

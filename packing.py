@@ -1,6 +1,6 @@
 """Threads -> fixed rows of tokens: the one batch that SFT and GRPO train on.
 
-A thread becomes one *segment*: its prompt, what it sampled, the joined message, what it sampled then, and
+A thread becomes one *segment*: its prompt, what it sampled, the join block, what it sampled then, and
 so on, spliced in the order of time. A rewind takes ids out of the thread's memory (its spawn block). They
 stay in the row, because they were sampled and are trained on, but nothing after the rewind sees them, and
 positions restart there. One integer per token says all of that:
@@ -8,7 +8,7 @@ positions restart there. One integer per token says all of that:
     token j is visible to token i of its row  iff  j <= i < until[j]
 
 So `until` is the end of the segment for most tokens, the start of the join block for a spawn block, and the
-token's own end for padding. Example (a parent with prompt P, listing L, spawn block S, joined message J and
+token's own end for padding. Example (a parent with prompt P, listing L, spawn block S, join block J and
 rest R, in one row with another segment X):
 
     row        P P L L S S J J R X X .
@@ -35,7 +35,7 @@ rest R, in one row with another segment X):
 A segment carries its weights, advantage and log-probs before it is packed, so packing only copies columns.
 
 Deviation from the paper's code: it encodes a parent once per call, so it computes a prefix again for every
-join, and it trains on prompts and joined text too. Here every sampled id is trained on exactly once, and
+join, and it trains on prompts and join blocks too. Here every sampled id is trained on exactly once, and
 nothing else is.
 """
 

@@ -4,10 +4,9 @@
 `sampler.Sampler`, the tests use scripts). It speaks the language of a task only through a `Task`.
 One round:
 
-  1. Ready threads take rows: a joined parent first, then children, then new problems. So few problems
-     are in flight. A waiting parent keeps its row and its KV cache. Only if waiting parents hold more
-     than half of the rows, the one that began to wait last gives its row up. (Its children end last.)
-     It is prefilled again after its join.
+  1. Ready threads take rows: a joined parent first, then children, then new problems. A waiting parent
+     keeps its row and its KV cache. But if waiting parents hold more than half of the rows, the one that
+     began to wait last gives its row up, and is prefilled again after its join.
   2. The engine prefills what is new in these rows, and decodes until enough rows have stopped.
   3. A thread that stopped at the spawn token waits, and its children become ready. A child that ended
      gives its result to its parent. After the last child of a spawn the parent is *rewound* to just

@@ -18,11 +18,11 @@ every row. Every device call is a pure function of both (`decoding.py`).
            6. The host reads the ids of one group while the next one decodes. It repeats until a quarter of
               the rows have stopped, and they are refilled at once: few large prefills beat many small ones.
 
-Example: four rows, a bucket of 4 slots, a burst of 3 steps; h is history, t the tail, . is not visible.
+Example: three rows, a bucket of 4 slots, a burst of 3 steps; h is history, t the tail, . is not visible.
 
-    row 0  h h h h h .  .  .  | t t t      The view has 8 slots, two buckets, because row 1 is the longest.
-    row 1  h h h h h h  h  .  | t t t      The tail is the same three columns for all rows.
-    row 2  h h .  .  .  .  .  .  | t t t      The flush writes it behind each row's own h: to slots 5, 7, 2, ...
+    row 0  h h h h h . . .  | t t t      The view has 8 slots, two buckets, because row 1 is the longest.
+    row 1  h h h h h h h .  | t t t      The tail is the same three columns for all rows.
+    row 2  h h . . . . . .  | t t t      The flush writes it behind each row's own h: from slots 5, 7 and 2 on.
 
 The last id of a row is fed only when an id is to be sampled after it. So a row that stopped holds one id
 more than its cache, and a fill of one id needs no prefill: ids [5, 7, 9] have a cache of 5 and 7, the next

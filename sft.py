@@ -8,13 +8,13 @@
 
   1. Draw demonstrations on the fly: number i of a run is fixed by (seed, i).
   2. Pack their threads into rows. Drop (or cut) demonstrations that do not fit the context.
-  3. `train_step` with `sft_loss`: the mean negative log-likelihood of exactly the ids that the demonstrator
-     "sampled". Prompts and joined messages are context.
+  3. `train_step` with `sft_loss`: the mean negative log-likelihood of exactly the ids in `Call.sampled`:
+     what the demonstrator wrote. Prompts and join blocks are context.
   4. Every so often solve validation problems with real parent and child threads, keep the best parameters, and
      checkpoint the state with its data cursor (`harness.loop`).
   5. At the end evaluate the best parameters on held-out problems, which chose nothing.
 
-Deviations from the paper: its code trains on all tokens of a call, prompts and joined text included, and cuts
+Deviations from the paper: its code trains on all tokens of a call, prompts and join blocks included, and cuts
 over-long calls; see `packing.py`.
 """
 
