@@ -389,7 +389,7 @@ EVALUATED = ("accuracy", "interval", "n", "children", "total_tokens", "sequentia
 
 
 def sft_steps(args: argparse.Namespace) -> int:
-    """Updates that take two fifths of the part's time by the step that section `train` measured; without it 300 at most."""
+    """Updates that take two fifths of the part by the step that section `train` measured; without it 300 at most."""
     own, measured = apr.get_config(args.preset).optimizer.steps, pathlib.Path(args.output) / "train.json"
     figures = json.loads(measured.read_text()).get(f"{args.preset} blocks", {}) if measured.exists() else {}
     return min(own, max(20, int(400 * args.limit / figures["step_ms"])) if figures else 300)
