@@ -66,7 +66,7 @@ def test_the_reference_is_the_decoder(tied):
     positions = np.array([[*range(4), 4, 5, 4, 5, 6, *range(5), 0, 0]])
     params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens, positions, until)["params"]
     ours = jax.jit(Decoder(config).apply)({"params": params}, tokens, positions, until)[0]
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         exact = reference.logits(reference.double(params), config, tokens, positions, until)
         assert exact.dtype == np.float64
     np.testing.assert_allclose(ours, exact, atol=1e-5)
