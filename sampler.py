@@ -79,15 +79,14 @@ def make_buckets(config: SamplerConfig, rows: int, context: int) -> Buckets:
     """
     slots = _length_buckets(config.length_bucket, context)
     if config.buckets == "coarse":
-        small, medium = max(1, rows // 32), max(1, rows // 4)
-        lengths, prefill_rows, every = PREFILL_LENGTHS[-1:], (small, max(1, rows // 8)), len(slots)
-        decoded = small, medium, rows
+        decoded, fed = {max(1, rows // 32), max(1, rows // 4), rows}, {max(1, rows // 32), max(1, rows // 8)}
+        lengths, every = {PREFILL_LENGTHS[-1]}, len(slots)
     else:  # a step of two rows costs what one of four does
-        decoded = *(1 << i for i in range((rows - 1).bit_length()) if i != 1), rows
-        lengths, prefill_rows, every = PREFILL_LENGTHS, PREFILL_ROWS, 4
-    fit = {min(length, context) for length in lengths}
-    prefill_slots = (0, *slots[::-every][::-1])
-    return Buckets(tuple(sorted({*decoded})), slots, tuple(sorted({*prefill_rows})), tuple(sorted(fit)), prefill_slots)
+        decoded, fed = {1 << i for i in range((rows - 1).bit_length()) if i != 1} | {rows}, {*PREFILL_ROWS}
+        lengths, every = {*PREFILL_LENGTHS}, 4
+    sizes = (tuple(sorted(sizes)) for sizes in (decoded, fed, {min(length, context) for length in lengths}))
+    row_sizes, fed_rows, fed_lengths = sizes
+    return Buckets(row_sizes, slots, fed_rows, fed_lengths, (0, *slots[::-every][::-1]))
 
 
 @dataclasses.dataclass

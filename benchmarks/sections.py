@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -80,6 +81,14 @@ def compilations() -> Iterator[list[float]]:
     jax.monitoring.register_event_duration_secs_listener(note)
     yield seconds
     jax.monitoring.unregister_event_duration_listener(note)
+
+
+def attempt(action: Callable[[], Figures]) -> Figures | str:
+    """What an action finds, or in words why it failed: one variant must not cost the others."""
+    try:
+        return action()
+    except Exception as error:  # whatever a compiler throws
+        return f"failed: {type(error).__name__}: {str(error)[:300]}"
 
 
 def on_cpu() -> bool:
@@ -168,13 +177,17 @@ def check(args: argparse.Namespace) -> Iterator[Figures]:
         true_gradient, true_logp = jax.device_get(
             jax.jit(jax.grad(lambda p: loss(p, exact), has_aux=True))(reference.double(params))
         )
-    for dtype, (name, changes) in itertools.product(("float32", "bfloat16"), VARIANTS.items()):
+
+    def apart(dtype: str, changes: Figures) -> Figures:
         fields = {field.removeprefix("model."): value for field, value in changes.items()}
         model = Decoder(dataclasses.replace(parts.model.config, dtype=dtype, **fields))
-        ours = lambda p, model=model: token_stats(model, p, batch).logp[:, 1:]  # noqa: E731
-        gradient, logp = jax.device_get(jax.jit(jax.grad(lambda p, f=ours: loss(p, f), has_aux=True))(params))
-        apart = np.abs(logp - true_logp)[np.asarray(batch.sampled[:, 1:])].max()
-        yield {f"{name} {dtype}": {"logprob_gap": apart, "gradient_gap": distance(gradient, true_gradient)}}
+        ours = lambda p: token_stats(model, p, batch).logp[:, 1:]  # noqa: E731
+        gradient, logp = jax.device_get(jax.jit(jax.grad(lambda p: loss(p, ours), has_aux=True))(params))
+        gap = np.abs(logp - true_logp)[np.asarray(batch.sampled[:, 1:])].max()
+        return {"logprob_gap": gap, "gradient_gap": distance(gradient, true_gradient)}
+
+    for dtype, (name, changes) in itertools.product(("float32", "bfloat16"), VARIANTS.items()):
+        yield {f"{name} {dtype}": attempt(functools.partial(apart, dtype, changes))}
     for dtype in ("float32", "bfloat16"):
         yield {f"spawn and join {dtype}": spawn_and_join(dtype, problems=1 if on_cpu() else 16)}
 
@@ -232,7 +245,7 @@ def train(args: argparse.Namespace) -> Iterator[Figures]:
                 yield {f"{preset} {name}": "unmeasured: a CPU interprets the kernel"}
                 continue
             config.update_from_flattened_dict(changes)
-            yield {f"{preset} {name}": trained(build(config), batch, rate, args.limit / 30)}
+            yield {f"{preset} {name}": attempt(functools.partial(trained, build(config), batch, rate, args.limit / 30))}
 
 
 def trained(parts: Parts, batch: typing.Any, rate: float, budget: float) -> Figures:
@@ -376,10 +389,10 @@ EVALUATED = ("accuracy", "interval", "n", "children", "total_tokens", "sequentia
 
 
 def sft_steps(args: argparse.Namespace) -> int:
-    """Updates that take half of the part's time by the step that section `train` measured; without it 300 at most."""
+    """Updates that take two fifths of the part by the step that section `train` measured; without it 300 at most."""
     own, measured = apr.get_config(args.preset).optimizer.steps, pathlib.Path(args.output) / "train.json"
     figures = json.loads(measured.read_text()).get(f"{args.preset} blocks", {}) if measured.exists() else {}
-    return min(own, max(20, int(500 * args.limit / figures["step_ms"])) if figures else 300)
+    return min(own, max(20, int(400 * args.limit / figures["step_ms"])) if figures else 300)
 
 
 def supervised(args: argparse.Namespace) -> Iterator[Figures]:
@@ -388,7 +401,10 @@ def supervised(args: argparse.Namespace) -> Iterator[Figures]:
     for folder in (workdir, exported):
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier measurement
     steps = sft_steps(args)
+    own = apr.get_config(args.preset)
     schedule = {"optimizer.steps": steps, "optimizer.warmup_steps": steps // 10, "train.eval_every": steps}
+    schedule |= {"train.eval_problems": min(own.train.eval_problems, 32)}
+    schedule |= {"evaluation.problems": min(own.evaluation.problems, 200)}
     fields = [f"--config.{name}={value}" for name, value in schedule.items()]
     yield {"steps": steps}
     recipe = f"--config=configs/apr.py:{args.preset}"
@@ -406,8 +422,7 @@ def reinforced(args: argparse.Namespace) -> Iterator[Figures]:
     shutil.rmtree(workdir, ignore_errors=True)
     start = start if start.exists() else PRETRAINED
     fields = ["--config.grpo.steps=2", "--config.train.eval_every=2", "--config.mesh.data=1"]
-    if start == PRETRAINED:  # its context is short, and so are its problems
-        fields.append("--config.evaluation.problems=64")
+    fields += ["--config.evaluation.problems=16", "--config.train.eval_problems=8"]
     recipe = f"--config=configs/grpo.py:{args.preset}"
     result = command("grpo.py", recipe, f"--init={start}", f"--workdir={workdir}", *fields)
     names = ("rollout_seconds", "score_seconds", "update_seconds", "pack_seconds", "total_tokens", "children")

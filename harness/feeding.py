@@ -98,7 +98,7 @@ class _Worker:
 
 def compact(segment: Segment) -> Segment:
     """A segment with arrays for lists and without its thread: what training reads, quick to send and to lay out."""
-    arrays = {name: np.asarray(getattr(segment, name), kind) for name, kind in COMPACT.items()}
+    arrays: dict[str, typing.Any] = {name: np.asarray(getattr(segment, name), kind) for name, kind in COMPACT.items()}
     return dataclasses.replace(segment, **arrays, logprobs=[0.0], calls=[], thread=Thread(segment.thread.path))
 
 

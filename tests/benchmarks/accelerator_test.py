@@ -38,7 +38,7 @@ def test_all_sections_are_the_default_and_fit_eight_minutes():
 
 
 def test_feeding_by_the_command(tmp_path, without_device, capsys):
-    assert accelerator.main(["--preset=smoke", "--sections=feeding", "--minutes=20", f"--output={tmp_path}"]) == 0
+    assert accelerator.main(["--preset=smoke", "--sections=feeding", "--minutes=200", f"--output={tmp_path}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads((tmp_path / "all.json").read_text())
     assert last["feeding"] == json.loads((tmp_path / "feeding.json").read_text())
@@ -48,7 +48,7 @@ def test_feeding_by_the_command(tmp_path, without_device, capsys):
 
 
 def test_a_section_that_fails_or_is_too_slow_says_so_and_stops_no_other(tmp_path, without_device, monkeypatch, capsys):
-    monkeypatch.setitem(accelerator.SECTIONS, "feeding", {"feeding": 4.0})
+    monkeypatch.setitem(accelerator.SECTIONS, "feeding", {"feeding": 30.0})
     monkeypatch.setitem(accelerator.SECTIONS, "train", {"train": 0.001})
     assert accelerator.main(["--preset=none", "--sections=feeding,train", f"--output={tmp_path}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -66,24 +66,24 @@ def test_the_reference_is_the_decoder(tied):
     positions = np.array([[*range(4), 4, 5, 4, 5, 6, *range(5), 0, 0]])
     params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens, positions, until)["params"]
     ours = jax.jit(Decoder(config).apply)({"params": params}, tokens, positions, until)[0]
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         exact = reference.logits(reference.double(params), config, tokens, positions, until)
         assert exact.dtype == np.float64
     np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 
-def test_updates_fill_half_of_the_time_by_the_measured_step(tmp_path):
+def test_updates_fill_a_part_of_the_time_by_the_measured_step(tmp_path):
     args = argparse.Namespace(preset="gpu", limit=84.0, output=str(tmp_path))
     assert sections.sft_steps(args) == 300  # nothing measured
     pathlib.Path(tmp_path / "train.json").write_text(
         json.dumps({"gpu blocks": {"step_ms": 168.0}, "train_seconds": 9.0})
     )
-    assert sections.sft_steps(args) == 250
+    assert sections.sft_steps(args) == 200
 
 
 @pytest.mark.slow
 def test_a_cpu_runs_it_all_at_smoke_size(tmp_path, capsys):
-    assert accelerator.main(["--preset=smoke", "--minutes=120", f"--output={tmp_path}"]) == 0
+    assert accelerator.main(["--preset=smoke", "--minutes=400", f"--output={tmp_path}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(last) == ["device", "feeding", "check", "train", "decode", "sft", "grpo"]
     assert not [name for found in last.values() for name in found if name.endswith(("_failed", "_stopped"))]
