@@ -292,8 +292,8 @@ class Decoder(nn.Module):
         table = rotary_table(positions_RT, c.head_width, c.rope_theta)
         # Unit-size inputs (LOG.md has the curves), cast first as the sampler's table is: else bfloat16 would differ.
         x_RTD = embedding_VD[tokens_RT].astype(c.dtype) * c.width**0.5
-        modules = {"attention": functools.partial(Attention, c), "mlp": functools.partial(SwiGLU, c)}
-        modules |= {"attention_norm": RMSNorm, "mlp_norm": RMSNorm}
+        modules: dict[str, Callable] = {"attention": functools.partial(Attention, c), "attention_norm": RMSNorm}
+        modules |= {"mlp": functools.partial(SwiGLU, c), "mlp_norm": RMSNorm}
 
         def layer(run: Callable, x_RTD: Array, parts: Sequence) -> tuple[Array, tuple[Array, Array]]:
             h_RTD, kv = run("attention", run("attention_norm", x_RTD), table, until_RT, parts)

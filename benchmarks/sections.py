@@ -74,9 +74,9 @@ def compilations() -> Iterator[list[float]]:
     """The seconds of each compilation of a device function within the block."""
     seconds: list[float] = []
 
-    def note(event: str, duration: float, **_: typing.Any) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     yield seconds
@@ -310,7 +310,7 @@ def decode(args: argparse.Namespace) -> Iterator[Figures]:
         return Sampler(parts.model, params, sizes, (), parts.sampler_mesh())
 
     for rows in (rows for rows in (1, 16, 64, 512, 1024) if rows <= most):
-        yield {f"{rows} rows": steps(parts, lambda rows=rows: engine(rows), rows, speed)}
+        yield {f"{rows} rows": steps(parts, functools.partial(engine, rows), rows, speed)}
     rollouts = decoding_speed.demonstrations(parts, 4 if on_cpu() else 500)
     with compilations() as compiled:
         began = time.perf_counter()

@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "laptop": dict(
         problems=dict(count=3, low=1, high=20, target_low=10, target_high=50),
         model=dict(width=128, layers=4, heads=2, kv_heads=2, head_width=64, mlp_width=352, context=512),
-        train=dict(rows=4, micro_rows=2, log_every=70, eval_every=1000, eval_problems=200),
-        optimizer=dict(steps=5000, learning_rate=1.5e-3, warmup_steps=60),
+        train=dict(rows=4, micro_rows=2, log_every=70, eval_every=1750, eval_problems=905),  # all there are
+        optimizer=dict(steps=7000, learning_rate=1.5e-3, warmup_steps=60),
         sampler=dict(rows=128, workers=2, max_gathered_slots=2048),
         evaluation=dict(problems=865),  # there are no more
     ),

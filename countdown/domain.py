@@ -102,8 +102,9 @@ class CountdownDomain(Domain):
         """One demonstration of each problem, beam by beam. `solved` is the accuracy in a context of any length."""
         entries = []
         for beam in range(self.demonstrator.beam_low, self.demonstrator.beam_high + 1):
-            width = {"beam_low": beam, "beam_high": beam, "beam_low_without_budget": beam}
-            config = dataclasses.replace(self.demonstrator, **width)
+            config = dataclasses.replace(
+                self.demonstrator, beam_low=beam, beam_high=beam, beam_low_without_budget=beam
+            )
             rollouts = []
             for index, problem in enumerate(problems):
                 trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))

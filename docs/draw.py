@@ -1,6 +1,6 @@
 """The diagrams of README.md and docs/. No JAX.
 
-    python evaluate.py --numbers=4,12,18 --target=21 --record=trace.json
+    python evaluate.py --numbers=10,9,7 --target=27 --record=trace.json
     python docs/draw.py --trace=trace.json --output=docs
 
   timeline.png   spawn and join of one recorded rollout, on a clock of tokens

@@ -80,7 +80,7 @@ class _Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        made: Made | str = []
+        made: Made | str = [], False
         while not isinstance(made, str):
             try:
                 made = pickle.load(typing.cast(typing.IO[bytes], self.process.stdout))  # of our own program

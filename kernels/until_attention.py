@@ -213,17 +213,20 @@ def _run_backward(
     return dq.reshape(q_RKGTH.shape), dk, dv
 
 
+_Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, until, o, log-sum-exp
+
+
 @jax.custom_vjp
 def _attend(q: Array, k: Array, v: Array, until: Array) -> Array:
     return _run_forward(q, k, v, until)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend_forward(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, _Saved]:
     o, logsum = _run_forward(q, k, v, until)
     return o, (q, k, v, until, o, logsum)
 
 
-def _attend_backward(saved: tuple[Array, ...], do: Array) -> tuple[Array, Array, Array, None]:
+def _attend_backward(saved: _Saved, do: Array) -> tuple[Array, Array, Array, None]:
     return *_run_backward(*saved, do), None  # `until` is an integer
 
 

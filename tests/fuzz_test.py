@@ -216,7 +216,7 @@ def exported(folder: pathlib.Path) -> Case:
 def grammar(_: pathlib.Path) -> Case:
     tokenizer = Tokenizer(21)
     task = Countdown(tokenizer, "apr")
-    config = solver.DemonstratorConfig("apr", (1, 5), 8, 0.9, budget_fraction=0, token_bin=64)
+    config = solver.DemonstratorConfig("apr", 1, 5, 8, 0.9, budget_fraction=0, token_bin=64)
     problem = Problem((4, 12, 18), 21)
     whole = record(problem, solver.demonstrate(problem, config, random.Random(1)), task)
     threads = [thread.ids() for thread in whole.threads()]

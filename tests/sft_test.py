@@ -42,6 +42,7 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
     small = {
         "mesh.data": 1,
         "problems.count": 4,
+        "demonstrator.prune": False,
         "model.layers": 1,
         "model.context": CONTEXT,
         "train.rows": 3,

@@ -350,7 +350,7 @@ def test_a_file_that_is_no_trace_is_refused_in_one_sentence(where, value, words,
 
 
 def test_a_thread_that_goes_on_after_its_end_is_refused(tmp_path):
-    root = thread(3, [thread(1)], 2)
+    root = thread(3, [thread(1, path=(0, 0))], 2)
     root.calls.reverse()
     with pytest.raises(UsageError, match="goes on only after a spawn"):
         viewer.read_trace(write(tmp_path / "trace.json", Rollout(Problem((4, 2, 2), 8), root, Grade(False, ""))))

@@ -114,4 +114,4 @@ def test_a_model_with_the_kernel_is_the_model_with_blocks():
     for attention in ("blocks", "pallas"):
         model = Decoder(ModelConfig(**{**vars(config), "attention": attention}))
         logits.append(jax.jit(model.apply)(params, tokens, positions, until)[0])
-    np.testing.assert_allclose(*logits, atol=1e-4)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
