@@ -38,7 +38,7 @@ def test_all_sections_are_the_default_and_fit_eight_minutes():
 
 
 def test_feeding_by_the_command(tmp_path, without_device, capsys):
-    assert accelerator.main(["--preset=smoke", "--sections=feeding", "--minutes=200", f"--output={tmp_path}"]) == 0
+    assert accelerator.main(["--preset=smoke", "--sections=feeding", "--minutes=24", f"--output={tmp_path}"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == json.loads((tmp_path / "all.json").read_text())
     assert last["feeding"] == json.loads((tmp_path / "feeding.json").read_text())
