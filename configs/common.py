@@ -93,15 +93,6 @@ def buckets(preset: str) -> dict[str, Any]:
     return dict(buckets="fine", length_bucket=64)
 
 
-def demonstrations(preset: str) -> dict[str, Any]:
-    """Which demonstrations are trained on, and who makes them."""
-    return dict(
-        overlong="drop",  # those that do not fit the context: "drop" or "cut"
-        failed="keep" if preset in LARGE else "drop",  # those that do not solve their problem: "drop" or "keep"
-        feeders=8 if preset in LARGE else 0,  # processes that make them ahead, beside the one that trains
-    )
-
-
 def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float) -> ConfigDict:
     """The configuration of one method at one preset. Raises ValueError on an unknown preset."""
     p = choose(PRESETS, preset)
@@ -124,7 +115,8 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         ),
         train=dict(
             **p["train"],  # micro_rows: most rows per forward pass of a device; on a CPU few rows stay in its cache
-            **demonstrations(preset),
+            overlong="drop",  # demonstrations that do not fit the context: "drop" or "cut"
+            feeders=8 if preset in LARGE else 0,  # processes that make demonstrations ahead, beside the one that trains
         ),
         optimizer=dict(
             **p["optimizer"],

@@ -190,9 +190,7 @@ def get_config(preset: str = "sft") -> ConfigDict:
             width=64, layers=2, heads=2, kv_heads=2, head_width=32, mlp_width=192, context=64,
             rope_theta=10_000.0, tied=True, dtype="float32",
         ),
-        train=dict(
-            rows=32, micro_rows=16, overlong="drop", failed="drop", log_every=50, eval_every=400, eval_problems=100
-        ),
+        train=dict(rows=32, micro_rows=16, overlong="drop", log_every=50, eval_every=400, eval_problems=100),
         optimizer=dict(
             matrices="muon", learning_rate=5e-3, end_learning_rate=5e-5, warmup_steps=50, steps=800,
             weight_decay=0.01, clip=1.0, beta1=0.9, beta2=0.99, momentum=0.95,

@@ -37,7 +37,6 @@ class TrainConfig(Checked):
     log_every: Annotated[int, at_least(1)]
     eval_every: Annotated[int, at_least(1)]  # updates between validations, each followed by a checkpoint
     eval_problems: Annotated[int, at_least(1)]  # validation problems
-    failed: Annotated[str, one_of("drop", "keep")] = "keep"  # demonstrations that do not solve their problem
     feeders: Annotated[int, at_least(0)] = 0  # processes that make demonstrations ahead; with 0 training makes them
 
     def rows_per_pass(self, devices: int) -> int:

@@ -37,10 +37,8 @@ Made = tuple[list[Segment], bool]  # segments of a demonstration, and whether it
 
 
 def make(domain: Domain, config: ConfigDict, index: int) -> Made:
-    """Demonstration number `index` of a run, in segments: none if `train.overlong` or `train.failed` drops it."""
+    """Demonstration number `index` of a run, in segments. `train.overlong` says what becomes of a long one."""
     rollout = domain.demonstration("train", config.seed, index)
-    if config.train.failed == "drop" and not rollout.grade.correct:
-        return [], False
     context = config.model.context
     if too_long := longest_context(rollout.root) > context:
         if config.train.overlong == "drop":

@@ -203,7 +203,7 @@ def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compi
         {
             "mesh.data": 1,
             "model.layers": 1,
-            "model.context": 256,
+            "model.context": 128,
             "train.rows": 1,
             "train.micro_rows": 1,
             "train.eval_problems": 1,

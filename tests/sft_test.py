@@ -21,7 +21,6 @@ import sft
 import solver
 from configs import apr
 from countdown.language import Tokenizer
-from harness import feeding
 from harness.build import Parts, build
 from harness.cli import Stopped, UsageError
 from harness.replay import replay
@@ -44,7 +43,6 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
         "mesh.data": 1,
         "problems.count": 4,
         "demonstrator.prune": False,
-        "train.failed": "keep",
         "model.layers": 1,
         "model.context": CONTEXT,
         "train.rows": 3,
@@ -222,18 +220,6 @@ def test_dropped_and_cut_demonstrations_are_counted():
             stream.next()
         roots = [demonstrated(tiny_config(), index).root for index in range(stream.drawn)]
         assert stream.overlong == sum(records.longest_context(root) > CONTEXT for root in roots) > 0
-
-
-def test_demonstrations_that_fail_are_dropped_where_the_recipe_says_so():
-    config = tiny_config(train__failed="drop")
-    domain, seen = build(config).domain, set()
-    for index in range(100):
-        rollout = demonstrated(config, index)
-        segments, _ = feeding.make(domain, config, index)
-        if records.longest_context(rollout.root) <= CONTEXT:
-            assert bool(segments) == rollout.grade.correct
-            seen.add(rollout.grade.correct)
-    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
