@@ -179,8 +179,8 @@ def demonstrations(parts: typing.Any, count: int, children: int = 0) -> list[typ
 
     domain, demonstrator = parts.domain, parts.domain.demonstrator
     if children:
-        wide = {"beam": (children, children), "beam_low_without_budget": children, "sub_beam_high": children}
-        demonstrator = dataclasses.replace(demonstrator, **wide)
+        beams = dict.fromkeys(("beam_low", "beam_high", "beam_low_without_budget", "sub_beam_high"), children)
+        demonstrator = dataclasses.replace(demonstrator, prune=False, **beams)
     found: list[typing.Any] = []
     for index in itertools.count():
         rollout = solver.demonstration(domain.family, demonstrator, domain.demo_task, "train", 0, index)
