@@ -28,7 +28,6 @@ import json
 import math
 import random
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -305,5 +304,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     launch(define_flags, main)

@@ -31,9 +31,9 @@ from benchmarks import reference
 from benchmarks.train import peer_step
 from configs import apr, sos, sosp
 from harness.build import Parts, build
-from harness.plan import flops_per_token
+from harness.plan import bytes_per_id, flops_per_token
 from harness.rollouts import RolloutPool
-from harness.workdir import PRETRAINED, load_best, read_config
+from harness.workdir import PRETRAINED, load_best, read_config, read_log
 from model import Decoder
 from protocols import PrefillRequest
 from sampler import Sampler
@@ -325,7 +325,6 @@ def steps(parts: Parts, make: Callable[[], Sampler], rows: int, speed: float) ->
     config = parts.model.config
     size = jnp.dtype(config.dtype).itemsize
     cached = decoding_speed.PROMPT + decoding_speed.NEW / 2
-    per_id = 2 * config.layers * config.kv_heads * config.head_width * size
     with compilations() as compiled:
         began = time.perf_counter()
         sampler = make()
@@ -334,7 +333,7 @@ def steps(parts: Parts, make: Callable[[], Sampler], rows: int, speed: float) ->
     sampler.counters.clear()
     rate = decoding_speed.equal(sampler, 2)
     step = sampler.counters["decode_seconds"] / sampler.counters["decode_steps"]
-    needed = parts.parameter_count() * size + rows * cached * per_id
+    needed = parts.parameter_count() * size + rows * cached * bytes_per_id(config)
     return {
         "tokens_per_s": rate,
         "step_us": 1e6 * step,
@@ -380,11 +379,6 @@ def command(*words: str) -> Figures:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def log_of(workdir: pathlib.Path) -> list[Figures]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 EVALUATED = ("accuracy", "interval", "n", "children", "total_tokens", "sequential_tokens", "throughput_ms")
 
 
@@ -409,7 +403,7 @@ def supervised(args: argparse.Namespace) -> Iterator[Figures]:
     yield {"steps": steps}
     recipe = f"--config=configs/apr.py:{args.preset}"
     result = command("sft.py", recipe, f"--workdir={workdir}", "--config.mesh.data=1", *fields)
-    last = [line for line in log_of(workdir) if "loss" in line][-1]
+    last = [line for line in read_log(workdir / "metrics.jsonl") if "loss" in line][-1]
     yield {name: last[name] for name in ("loss", "token_accuracy", "tokens_per_second", "used")}
     yield {"evaluation": {name: result[name] for name in EVALUATED}}
     words = (f"--workdir={workdir}", f"--output={exported}", "--dtype=bfloat16", "--shard_mb=15")
@@ -427,6 +421,6 @@ def reinforced(args: argparse.Namespace) -> Iterator[Figures]:
     result = command("grpo.py", recipe, f"--init={start}", f"--workdir={workdir}", *fields)
     names = ("rollout_seconds", "score_seconds", "update_seconds", "pack_seconds", "total_tokens", "children")
     gaps = tuple(f"sampler_trainer_gap_{kind}" for kind in ("parent", "child", "joined"))
-    steps = [line for line in log_of(workdir) if "rollout_seconds" in line]
+    steps = [line for line in read_log(workdir / "metrics.jsonl") if "rollout_seconds" in line]
     yield {"start": str(start), "steps": [{n: line[n] for n in names + gaps if n in line} for line in steps]}
     yield {"evaluation": {name: result[name] for name in EVALUATED}}

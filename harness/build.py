@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from checks import SEED, Checked, at_least, one_of, require, within
 from decoding import SamplerConfig
+from harness.cli import one_line
 from harness.tasks import part
 from model import Decoder, ModelConfig
 from parallel_runtime import Limits
@@ -107,8 +108,8 @@ def build(config: ConfigDict) -> Parts:
     try:
         return _build(config)
     except (AttributeError, KeyError, TypeError, OverflowError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise ValueError(f"a field of the configuration is missing, unknown or of another kind: {text}") from error
+        wrong = "a field of the configuration is missing, unknown or of another kind"
+        raise ValueError(f"{wrong}: {one_line(error)}") from error
 
 
 def _build(config: ConfigDict) -> Parts:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from harness import files
-from harness.cli import UsageError
+from harness.cli import UsageError, one_line
 
 KEEP = 2
 
@@ -62,9 +62,8 @@ class Checkpoints:
                 for old in self.steps()[:-KEEP]:
                     self.delete(old)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             remedy = "make room there and run the same command again, which goes on from the last whole checkpoint"
-            raise UsageError(f"{place} cannot be written ({reason}): {remedy}") from error
+            raise UsageError(f"{place} cannot be written ({one_line(error)}): {remedy}") from error
         multihost_utils.sync_global_devices("a checkpoint is whole")
 
     def delete(self, step: int) -> None:

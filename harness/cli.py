@@ -56,6 +56,11 @@ def _stop(number: int, _: typing.Any) -> typing.NoReturn:
     raise Stopped(number)
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error of another package, on one line and not too long."""
+    return " ".join(str(error).split())[:200]
+
+
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
     """Turns a ValueError or OSError of the block into a UsageError."""
@@ -95,7 +100,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _one_sentence() -> Iterator[None]:
     """Ends the process with one line on stderr: status 2 after a UsageError or a failing disk, 128 + N by signal N."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is handled, and not when Python ends
     except UsageError as error:
         _fail(str(error))
     except BrokenPipeError:  # as of `| head`; nothing is left to print to, not even when Python ends
@@ -122,13 +130,13 @@ def _config_errors() -> Iterator[None]:
         text = lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)
         raise UsageError(text) from error
     except OSError as error:  # the recipe does not exist
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         field = re.search(r"'(\w+)\\?'", str(error))
         named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
         if not named:
-            given, reason = [arg for arg in sys.argv[1:] if "config" in arg], " ".join(str(error).split())
-            raise UsageError(f"{', '.join(given) or 'the config'} cannot be read ({reason[:200]})") from error
+            given = ", ".join(arg for arg in sys.argv[1:] if "config" in arg) or "the config"
+            raise UsageError(f"{given} cannot be read ({one_line(error)})") from error
         guess = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
         raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error

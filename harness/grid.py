@@ -25,6 +25,8 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
+from harness import files
+
 COLUMNS = ("accuracy", "children", "total_tokens", "sequential_tokens")  # of the last line of a run
 Result = dict[str, typing.Any]
 
@@ -98,19 +100,17 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
         result = dict(json.loads(lines[-1]))
     except ValueError:
         return f"its last line is no JSON object: {lines[-1][:200]}"
-    part = output / f"{run.name}.part"
-    part.write_text(json.dumps({"flags": run.flags, "result": result}) + "\n")
-    part.replace(output / f"{run.name}.json")
+    files.replace(output / f"{run.name}.json", (json.dumps({"flags": run.flags, "result": result}) + "\n").encode())
     return ""
 
 
-def table(runs: Sequence[Run], output: pathlib.Path, failed: dict[str, str]) -> str:
-    """All runs in GitHub's markdown: their values, and what they achieved or why they did not."""
+def table(runs: Sequence[Run], results: dict[str, Result], failed: dict[str, str]) -> str:
+    """All runs in GitHub's markdown: their values, and what they achieved (`results` by name) or why they did not."""
     axes = list(runs[0].values)
     rows = [[*axes, *COLUMNS, "95 % interval", "state"]]
     rows.append(["---"] * len(rows[0]))
     for run in runs:
-        result = ended(run, output) or {}
+        result = results.get(run.name, {})
         state = "ended" if result else failed.get(run.name, "not run yet").replace("|", "/")
         numbers = [f"{result[name]:.4g}" if name in result else "" for name in COLUMNS]
         interval = "{:.3f}-{:.3f}".format(*result["interval"]) if "interval" in result else ""
@@ -118,14 +118,14 @@ def table(runs: Sequence[Run], output: pathlib.Path, failed: dict[str, str]) -> 
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def draw(runs: Sequence[Run], output: pathlib.Path) -> None:
+def draw(runs: Sequence[Run], results: dict[str, Result], file: pathlib.Path) -> None:
     """Accuracy of the runs that have ended, with its interval, over the first axis; a colour per rest of the values."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    found = [(run, result) for run in runs if (result := ended(run, output)) and "accuracy" in result]
+    found = [(run, results[run.name]) for run in runs if "accuracy" in results.get(run.name, {})]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     first, *rest = [*runs[0].values, "run"]
     lines: dict[str, list] = {}
@@ -140,7 +140,7 @@ def draw(runs: Sequence[Run], output: pathlib.Path) -> None:
     axes.set(xlabel=first, ylabel="accuracy (95 % interval)")
     if len(lines) > 1:
         axes.legend(fontsize="small")
-    figure.savefig(output / "figure.png", dpi=150)
+    figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
 
@@ -168,11 +168,12 @@ def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = s
             if reason := start(args.command, run, output):
                 failed[run.name] = f"failed, {reason}"
                 print(f"failed: {run.name}: {reason}", file=sys.stderr)
-    text = table(runs, output, failed)
-    (output / "table.md").write_text(text)
-    draw(runs, output)
-    done = sum(ended(run, output) is not None for run in runs)
-    print(f"{text}\n{json.dumps({'runs': len(runs), 'ended': done, 'failed': sorted(failed), 'output': str(output)})}")
+    results = {run.name: result for run in runs if (result := ended(run, output)) is not None}
+    text = table(runs, results, failed)
+    files.replace(output / "table.md", text.encode())
+    draw(runs, results, output / "figure.png")
+    summary = {"runs": len(runs), "ended": len(results), "failed": sorted(failed), "output": str(output)}
+    print(f"{text}\n{json.dumps(summary)}")
     return int(bool(failed))
 
 

@@ -47,11 +47,16 @@ def state_bytes(parts: Parts) -> tuple[int, int]:
     return sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(sizes.params))
 
 
+def bytes_per_id(config: ModelConfig) -> int:
+    """Bytes of the keys and values of one id."""
+    return 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+
+
 def cache_bytes(parts: Parts) -> int:
     """Bytes of the keys and values of full rows on each device of this process."""
     config = parts.model.config
-    per_id = 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
-    return parts.workers * parts.sampler.rows * config.context * per_id // parts.sampler_mesh().size
+    ids = parts.workers * parts.sampler.rows * config.context
+    return ids * bytes_per_id(config) // parts.sampler_mesh().size
 
 
 def plan(parts: Parts) -> dict[str, typing.Any]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -243,3 +244,15 @@ def test_command_line_refuses_bad_input_in_one_sentence(command, arguments):
     ended = command(solver, *arguments)
     assert ended.status == 2 and ended.out == ""
     assert ended.err.startswith("error: ") and len(ended.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--numbers=22,26,31,53", "--target=27"], ["--numbers=5,5", "--target=1", "--grade=5/5=1"]])
+def test_a_closed_pipe_ends_a_command_quietly(words):
+    """As of `| head`: where the text outgrows the buffer, and where it is written at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "solver.py", *words]
+    ended = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
