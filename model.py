@@ -44,10 +44,9 @@ from jax.sharding import PartitionSpec
 
 from checks import Checked, above, at_least, one_of, require, within
 from kernels.scan_layers import scan_layers
-from kernels.until_attention import until_attention
+from kernels.until_attention import HIDDEN, differentiable, until_attention
 
 NORM_EPSILON = 1e-6
-HIDDEN = -1e30  # score of what must not be seen; finite, so that a row that sees nothing stays free of NaN
 QUERY_BLOCKS = 8  # per row: more skip more of what lies in the future, and make smaller matrix products
 
 
@@ -182,30 +181,13 @@ def _head_backward(
     return jnp.concatenate(dqs, axis=1), dk_TH.astype(k_TH.dtype), dv_TH.astype(v_TH.dtype)
 
 
-_Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, until, o, log-sum-exp
-
 # The same over kv heads (which share `until`) and then over rows.
 _rows_forward = jax.vmap(jax.vmap(_head_forward, in_axes=(0, 0, 0, None)))
 _rows_backward = jax.vmap(jax.vmap(_head_backward, in_axes=(0, 0, 0, None, 0, 0, 0)))
 
 
-@jax.custom_vjp
-def attend_rows(q_RKGTH: Array, k_RKTH: Array, v_RKTH: Array, until_RT: Array) -> Array:
-    """Attention within whole rows, visibility by `until`; returns o [R, K, G, T, H]. q comes scaled."""
-    return _rows_forward(q_RKGTH, k_RKTH, v_RKTH, until_RT)[0]
-
-
-def _attend_rows_forward(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, _Saved]:
-    o, logsum = _rows_forward(q, k, v, until)
-    return o, (q, k, v, until, o, logsum)
-
-
-def _attend_rows_backward(saved: _Saved, do: Array) -> tuple[Array, Array, Array, None]:
-    dq, dk, dv = _rows_backward(*saved, do)
-    return dq, dk, dv, None  # `until` is an integer
-
-
-attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
+# attend_rows(q [R, K, G, T, H], k, v [R, K, T, H], until [R, T]) -> o [R, K, G, T, H]. q comes scaled.
+attend_rows = differentiable(_rows_forward, _rows_backward)
 
 
 class RMSNorm(nn.Module):

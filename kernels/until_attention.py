@@ -34,6 +34,34 @@ WARPS, STAGES = 4, 2  # per kernel; not tuned
 F32 = jnp.float32
 
 
+Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, until, o, log-sum-exp
+
+
+def differentiable(forward: typing.Callable, backward: typing.Callable) -> typing.Callable:
+    """attend(q, k, v, until) -> o, from its two passes.
+
+    `forward(q, k, v, until)` returns o and the log-sum-exp of the scores, which are kept.
+    `backward(q, k, v, until, o, logsum, do)` returns the gradients of q, k and v.
+    """
+
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array, until: Array) -> Array:
+        """Attention within whole rows, visibility by `until`."""
+        return forward(q, k, v, until)[0]
+
+    def keep(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, Saved]:
+        """The forward pass, and what the backward pass needs of it."""
+        o, logsum = forward(q, k, v, until)
+        return o, (q, k, v, until, o, logsum)
+
+    def gradients(saved: Saved, do: Array) -> tuple[Array, Array, Array, None]:
+        """The backward pass."""
+        return *backward(*saved, do), None  # `until` is an integer
+
+    attend.defvjp(keep, gradients)
+    return attend
+
+
 class _Plan(typing.NamedTuple):
     """Who looks at whom, in blocks. Lists hold first the numbers that count, in order."""
 
@@ -213,24 +241,7 @@ def _run_backward(
     return dq.reshape(q_RKGTH.shape), dk, dv
 
 
-_Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, until, o, log-sum-exp
-
-
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, until: Array) -> Array:
-    return _run_forward(q, k, v, until)[0]
-
-
-def _attend_forward(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, _Saved]:
-    o, logsum = _run_forward(q, k, v, until)
-    return o, (q, k, v, until, o, logsum)
-
-
-def _attend_backward(saved: _Saved, do: Array) -> tuple[Array, Array, Array, None]:
-    return *_run_backward(*saved, do), None  # `until` is an integer
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = differentiable(_run_forward, _run_backward)
 
 
 def until_attention(q_RKGTH: Array, k_RKTH: Array, v_RKTH: Array, until_RT: Array) -> Array:
