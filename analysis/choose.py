@@ -35,13 +35,6 @@ class Log(typing.NamedTuple):
 # ---------------------------------------------------------------- reading
 
 
-def _json(text: str, where: str) -> typing.Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
-
-
 def read_entries(path: pathlib.Path) -> list[Entry]:
     """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
     with usage_errors():
@@ -49,7 +42,10 @@ def read_entries(path: pathlib.Path) -> list[Entry]:
     if not text:
         print(f"note: {path} is empty (its evaluation is under way) and left out", file=sys.stderr)
         return []
-    values = _json(text, str(path))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, list):
         raise UsageError(f"{path} must hold a list of evaluations")
     entries = [results.read(value, str(path)) for value in values]
@@ -98,17 +94,11 @@ def order(entry: Entry) -> list[int]:
 
 
 def read_logs(folders: Sequence[str]) -> list[Log]:
-    """The logs of runs. A last line that is cut (the run goes on, or was killed) does not count."""
+    """The logs of runs. Raises UsageError on a log that is missing or damaged."""
     logs: list[Log] = []
     for folder in folders:
-        path = pathlib.Path(folder) / "metrics.jsonl"
         with usage_errors():
-            texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole_lines = texts[: -1 if texts and not texts[-1].endswith("\n") else None]
-        lines = [_json(text, f"{path}, line {number},") for number, text in enumerate(whole_lines, 1)]
-        for number, line in enumerate(lines, 1):
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int | float):
-                raise UsageError(f"{path}, line {number}, lacks the field step")
+            lines = results.read_log(pathlib.Path(folder) / "metrics.jsonl")
         label = label_of(pathlib.Path(folder).resolve().name, folder)
         logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
     return logs

@@ -32,8 +32,9 @@ from benchmarks.train import peer_step
 from configs import apr, sos, sosp
 from harness.build import Parts, build
 from harness.plan import bytes_per_id, flops_per_token
+from harness.results import read_log
 from harness.rollouts import RolloutPool
-from harness.workdir import PRETRAINED, load_best, read_config, read_log
+from harness.workdir import PRETRAINED, load_best, read_config
 from model import Decoder
 from protocols import PrefillRequest
 from sampler import Sampler

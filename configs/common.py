@@ -158,5 +158,7 @@ def demonstrator(
         budget_fraction=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
+        # Children listed beyond the beam: a small model ranks better what it has written down. The paper: 0.
+        list_extra=3 if preset not in LARGE and method != "sos" else 0,
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
     )

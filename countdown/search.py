@@ -7,6 +7,7 @@
      A goal met while listing ends the search. `fixed_order` lists them in order of
      generation instead, and spawns them in that order: a model need not guess it.
      `prunes` leaves out repeated states and children that cost more than the target.
+     `list_extra` lists more children than the beam: a model then ranks what it sees.
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
@@ -154,6 +155,7 @@ class Search:
     pushes_leaves = False  # single numbers join the frontier too
     fixed_order = False  # children are listed in order of generation, not in random order
     prunes = False  # neither repeated states are listed, nor children that cost more than the target
+    list_extra = 0  # children listed beyond the beam; only the best `beam` of all are searched
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
         self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
@@ -187,12 +189,12 @@ class Search:
         return None
 
     def expand_node(self, node: Node) -> tuple[list[Node], Node | None]:
-        """Lists the best children; returns them best first, and the leaf that reached the goal."""
+        """Lists the best children; returns the `beam` best, best first, and the leaf that reached the goal."""
         if len(node.numbers) == 1:
             return [], None
         every = expand(node.numbers, self.target, self.heuristic)
         options = best_first(every)
-        options = (pruned(options, self.target) if self.prunes else options)[: self.beam]
+        options = (pruned(options, self.target) if self.prunes else options)[: self.beam + self.list_extra]
         if self.fixed_order:
             options.sort(key=every.index)
         else:
@@ -206,7 +208,7 @@ class Search:
             if not leaf or self.pushes_leaves:  # all leaves with the same id, as in the released code
                 children.append(child)
         children.sort(key=operator.attrgetter("cost"))
-        return children, None
+        return children[: self.beam], None
 
     def write_child(self, node: Node, number: int, option: tuple[float, str, list[int]]) -> Node:
         """Lists child `number` of a node, an option of `expand`; a single number is compared to the target."""

@@ -1,9 +1,10 @@
-"""The record of an evaluation: what eval.json holds, written and read back with its types checked. No JAX."""
+"""What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import types
 import typing
 
@@ -112,3 +113,21 @@ def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
         plain = [typing.get_origin(option) or option for option in options]
         found[name] = (*plain, int) if float in plain else tuple(plain)
     return found
+
+
+def read_log(path: pathlib.Path) -> list[dict[str, typing.Any]]:
+    """The lines of a metrics.jsonl. A kill may have cut the last one, which does not count.
+
+    Raises UsageError that names the first line that is damaged.
+    """
+    lines = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["step"], int)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole:
+            raise UsageError(f"{path}, line {number}, is damaged: restore the file, or remove that line")
+        lines.append(line)
+    return lines

@@ -35,6 +35,7 @@ from tensorboardX import SummaryWriter
 from harness import files, huggingface
 from harness.checkpoints import Checkpoints
 from harness.cli import UsageError
+from harness.results import read_log
 
 PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained" / "apr"  # the shipped run that commands start from
 
@@ -158,24 +159,6 @@ class Workdir:
         if self._first:
             for later in [other for other in self._best.steps() if other > step]:
                 self._best.delete(later)
-
-
-def read_log(path: pathlib.Path) -> list[dict[str, typing.Any]]:
-    """The lines of a metrics.jsonl. A kill may have cut the last one, which does not count.
-
-    Raises UsageError that names the first line that is damaged.
-    """
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            whole = isinstance(line["step"], int)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            whole = False
-        if not whole:
-            raise UsageError(f"{path}, line {number}, is damaged: restore the file, or remove that line")
-        lines.append(line)
-    return lines
 
 
 def write_json(path: pathlib.Path, value: typing.Any) -> None:

@@ -43,6 +43,7 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
         "mesh.data": 1,
         "problems.count": 4,
         "demonstrator.prune": False,
+        "demonstrator.list_extra": 0,
         "model.layers": 1,
         "model.context": CONTEXT,
         "train.rows": 3,

@@ -237,7 +237,7 @@ def test_the_line_that_a_run_is_writing_does_not_count(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "metrics.jsonl"), ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2, is not JSON"), ('{"loss": 1}\n', "lacks the field step")],
+    [(None, "metrics.jsonl"), ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2, is damaged"), ('{"loss": 1}\n', "line 1, is damaged")],
 )
 def test_a_log_that_is_none_is_refused(content, words, tmp_path):
     if content is not None:

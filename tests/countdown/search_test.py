@@ -198,6 +198,29 @@ def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target
     assert repeated > 20 and expensive > 20
 
 
+@pytest.mark.parametrize("method", ["apr", "sosp"])
+def test_extra_children_are_listed_but_only_the_best_are_searched(method):
+    config = dataclasses.replace(CONFIGS[method], beam_low=2, beam_high=2, spawn_probability=1.0, order="fixed")
+    config = dataclasses.replace(config, list_extra=3, prune=True)
+    for i in range(200):
+        drawn = problem(LAPTOP, "train", 3, i)
+        trace = demonstrate(drawn, config, random.Random(i))
+        lines = list(itertools.takewhile(lambda line: line.kind != "goal", parse(trace.calls[0])))
+        listed = [line for line in lines if line.kind == "generate" and line.node.count(",") == 1]
+        children = search.best_first(search.expand(list(drawn.numbers), drawn.target))
+        children = search.pruned(children, drawn.target)
+        assert sorted(line.operation for line in listed) == sorted(operation for _, operation, _ in children[:5])
+        if len(children) < 2:
+            continue  # an only child is not handed out
+        ids = {line.operation: line.node for line in listed}
+        best = [ids[operation] for _, operation, _ in children[:2]]
+        if method == "apr":  # in order of their ids
+            assert [line.node for line in lines if line.kind == "start"] == sorted(best)
+        else:  # best first, until one succeeds
+            visited = [line.node for line in lines if line.kind == "enter"]
+            assert visited == best[: len(visited)] and (len(visited) == 2 or "Goal Reached" in trace.calls[0])
+
+
 def test_depth_first_pruning_leaves_out_repeated_states_too():
     """4, 4 and 3: three of the pairs are alike, so that half of the children repeat a state."""
     root = search.Node("0", [4, 4, 3], "", 0, "", None)

@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from harness import loop
 from harness.cli import UsageError
-from harness.workdir import Workdir, load_best, read_log
+from harness.results import read_log
+from harness.workdir import Workdir, load_best
 from train_state import TrainState
 
 

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sft
-from harness import files, migrate, workdir
+from harness import files, migrate, results, workdir
 from harness.cli import Progress, UsageError
 from harness.workdir import Workdir
 
@@ -245,7 +245,7 @@ def test_the_state_before_a_damaged_one_is_used_after_saying_so(tmp_path, capsys
         assert restored is not None and int(restored[0]["n"]) == restored[1]["cursor"] == 5, file
         told = capsys.readouterr().err
         assert (file.name in told or file.name == files.CHECKSUMS) and told.endswith("going on from the checkpoint before it, 5\n"), told
-        assert workdir.read_log(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1}]
+        assert results.read_log(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1}]
     (tmp_path / "checkpoints" / "5" / "extra" / "metadata").write_text("{}")
     (tmp_path / "checkpoints" / "10" / "extra" / "metadata").write_text("{}")
     with pytest.raises(UsageError, match=r"5/extra/metadata does not match checksums.json"):
