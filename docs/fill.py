@@ -10,8 +10,10 @@
        <!-- held to pretrained/RUN/eval.json:
        0.416 = apr-desktop accuracy
        {{apr_sft_low}} = apr interval.0
+       {{apr_seeds_low}} = apr+apr-1+apr-2 least:accuracy
        -->
 
+   Of several runs it is the mean, or the `least`, the `most` or the standard deviation, `sd`.
    A {{name}} that no comment explains is left for a person.
 """
 
@@ -21,6 +23,7 @@ import functools
 import json
 import pathlib
 import re
+import statistics
 import typing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -77,12 +80,16 @@ def evaluation(run: str) -> dict[str, typing.Any]:
     return json.loads((ROOT / "pretrained" / run / "eval.json").read_text())[0]
 
 
-def field(run: str, name: str) -> float:
-    """A dotted field of a shipped evaluation: accuracy, interval.0, failures.truncated."""
-    value: typing.Any = evaluation(run)
+SUMMARIES = {"": statistics.fmean, "least": min, "most": max, "sd": statistics.stdev}
+
+
+def field(runs: str, name: str) -> float:
+    """A dotted field of the shipped evaluations of RUN or RUN+RUN: accuracy, interval.0, failures.truncated, sd:children."""
+    summary, _, name = name.rpartition(":")
+    values: list[typing.Any] = [evaluation(run) for run in runs.split("+")]
     for part in name.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
+        values = [value[int(part)] if isinstance(value, list) else value[part] for value in values]
+    return SUMMARIES[summary](values)
 
 
 def shown(value: float) -> str:

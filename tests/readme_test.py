@@ -311,6 +311,13 @@ def test_a_held_number_may_not_differ_in_its_last_digit():
         check(fill.HeldNumber("", f"| a |\n|---|\n| {wrong} |\n", wrong, "apr-desktop", "accuracy"))
 
 
+def test_a_field_of_several_runs_is_their_mean_or_another_summary(monkeypatch):
+    monkeypatch.setattr(fill, "evaluation", {"a": {"n": [0, 0.5]}, "b": {"n": [0, 0.7]}, "c": {"n": [0, 0.9]}}.get)
+    values = [fill.field("a+b+c", f"{summary}n.1") for summary in ("", "least:", "most:", "sd:")]
+    assert values == pytest.approx([0.7, 0.5, 0.9, 0.2])
+    assert fill.field("b", "n.1") == 0.7
+
+
 def test_nothing_is_yet_to_be_measured():
     assert not [(path.name, name) for path in DOCUMENTS for name in UNMEASURED.findall(path.read_text())]
 
