@@ -84,7 +84,7 @@ SUMMARIES = {"": statistics.fmean, "least": min, "most": max, "sd": statistics.s
 
 
 def field(runs: str, name: str) -> float:
-    """A dotted field of the shipped evaluations of RUN or RUN+RUN: accuracy, interval.0, failures.truncated, sd:children."""
+    """A dotted field of the evaluations of RUN or RUN+RUN: accuracy, interval.0, failures.truncated, sd:children."""
     summary, _, name = name.rpartition(":")
     values: list[typing.Any] = [evaluation(run) for run in runs.split("+")]
     for part in name.split("."):
