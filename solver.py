@@ -44,6 +44,7 @@ from harness.show import show, verdict
 from records import Rollout, stored
 
 ORDERS = ("fixed", "random")
+HEURISTICS = ("paper", "total")
 MAX_ENUMERATED_SETS = 3000  # families with at most this many sets of numbers are listed whole
 
 # ---------------------------------------------------------------- problems
@@ -195,7 +196,8 @@ class DemonstratorConfig(Checked):
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
     beam_low_without_budget: int = 1
     prune: bool = False  # list neither repeated states nor children that cost more than the target; the paper does
-    list_extra: Annotated[int, at_least(0)] = 0  # children that SoS+ and APR's parent list beyond the beam
+    # Which children are best: "multiply", for SoS by lot "sum" ("paper"), or "total" (see `countdown.search.expand`).
+    heuristic: Annotated[str, one_of(*HEURISTICS)] = "paper"
 
     def check(self) -> None:
         """Checks what depends on the method."""
@@ -207,8 +209,6 @@ class DemonstratorConfig(Checked):
         require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
         stated = self.budget_fraction if self.method == "sos" else 0
         require(not stated, f"SoS has no budget to condition on: budget_fraction must be 0, not {stated}")
-        extra = self.list_extra if self.method == "sos" else 0
-        require(not extra, f"SoS searches all that it lists: list_extra must be 0, not {extra}")
 
     def seed_text(self) -> str:
         """What seeds the demonstrations. Its words never change, or the same seed would give other demonstrations."""
@@ -217,7 +217,7 @@ class DemonstratorConfig(Checked):
             f"sub_beam_high={self.sub_beam_high}, spawn_probability={self.spawn_probability}, "
             f"condition={self.budget_fraction}, token_bin={self.token_bin}, order={self.order!r}, "
             f"free_beam_low={self.beam_low_without_budget}{', prune=True' if self.prune else ''}"
-            f"{f', list_extra={self.list_extra}' if self.list_extra else ''})"
+            f"{', heuristic=total' if self.heuristic == 'total' else ''})"
         )
 
 
@@ -234,7 +234,9 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     else:
         sub_beam = rng.randint(beam, config.sub_beam_high)
         search = Parallel(root, target, beam, rng, config.spawn_probability, sub_beam)
-    search.fixed_order, search.prunes, search.list_extra = config.order == "fixed", config.prune, config.list_extra
+    search.fixed_order, search.prunes = config.order == "fixed", config.prune
+    if config.heuristic == "total":
+        search.heuristic = "total"
     search.run()
     search.trace.prompt = root_prompt(problem, config.method)
     return search.trace

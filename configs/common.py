@@ -107,7 +107,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit
         model=dict(
             **p["model"],
-            rope_theta=10_000.0,
+            rope_theta=10_000.0 if preset in LARGE else 500.0,
             tied=preset not in LARGE,  # Llama 2's head is its own
             dtype="bfloat16" if preset in LARGE else "float32",
             attention="blocks",  # or "pallas": a kernel for one GPU (docs/hardware.md)
@@ -122,7 +122,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
             **p["optimizer"],
             matrices="adam" if preset == "paper" else "muon",  # the rest always uses Adam
             end_learning_rate=p["optimizer"]["learning_rate"] / 100,
-            weight_decay=0.01,
+            weight_decay=0.01 if preset in LARGE else 0.1,
             clip=1.0,
             beta1=0.9,
             beta2=0.999 if preset == "paper" else 0.99,
@@ -158,7 +158,6 @@ def demonstrator(
         budget_fraction=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
-        # Children listed beyond the beam: a small model ranks better what it has written down. The paper: 0.
-        list_extra=3 if preset not in LARGE and method != "sos" else 0,
+        heuristic="total" if preset not in LARGE else "paper",  # which children are best: a small model learns sums
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
     )

@@ -7,7 +7,6 @@
      A goal met while listing ends the search. `fixed_order` lists them in order of
      generation instead, and spawns them in that order: a model need not guess it.
      `prunes` leaves out repeated states and children that cost more than the target.
-     `list_extra` lists more children than the beam: a model then ranks what it sees.
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
@@ -95,23 +94,35 @@ _distances = functools.lru_cache(maxsize=1024)(_Distances)
 _PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
 
 
+def _left(numbers: list[int], i: int, j: int, result: int) -> list[int]:
+    """What is left of the numbers when two of them become a result."""
+    return [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
+
+
 def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[tuple[float, str, list[int]]]:
     """Every child of a state as (cost, operation, numbers left), in order of generation; low costs are good.
 
     "multiply" sums the distances of the numbers left to the nearest factor >= 2
-    of the target; "sum" is the mean distance to the target.
+    of the target; "sum" is the mean distance to the target. Both are SoS's.
+    "total" is the distance of the sum of the numbers left to the target.
     """
+    if heuristic == "total":
+        whole = sum(numbers)
+        return [
+            (abs(whole - numbers[i] - numbers[j] + result - target), operation, _left(numbers, i, j, result))
+            for i, j in _PAIRS[len(numbers)]
+            for result, operation in combine(numbers[i], numbers[j])
+        ]
     near = _distances(heuristic, target)
     costs = [near[value] if value <= target else value - target for value in numbers]
     total = sum(costs)
     size = len(numbers) - 1 if heuristic == "sum" else 1
     children = []
     for i, j in _PAIRS[len(numbers)]:
-        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
         others = total - costs[i] - costs[j]
         for result, operation in combine(numbers[i], numbers[j]):
             cost = others + (near[result] if result <= target else result - target)
-            children.append((cost / size, operation, [*rest, result]))
+            children.append((cost / size, operation, _left(numbers, i, j, result)))
     return children
 
 
@@ -155,7 +166,6 @@ class Search:
     pushes_leaves = False  # single numbers join the frontier too
     fixed_order = False  # children are listed in order of generation, not in random order
     prunes = False  # neither repeated states are listed, nor children that cost more than the target
-    list_extra = 0  # children listed beyond the beam; only the best `beam` of all are searched
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
         self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
@@ -189,12 +199,12 @@ class Search:
         return None
 
     def expand_node(self, node: Node) -> tuple[list[Node], Node | None]:
-        """Lists the best children; returns the `beam` best, best first, and the leaf that reached the goal."""
+        """Lists the best children; returns them best first, and the leaf that reached the goal."""
         if len(node.numbers) == 1:
             return [], None
         every = expand(node.numbers, self.target, self.heuristic)
         options = best_first(every)
-        options = (pruned(options, self.target) if self.prunes else options)[: self.beam + self.list_extra]
+        options = (pruned(options, self.target) if self.prunes else options)[: self.beam]
         if self.fixed_order:
             options.sort(key=every.index)
         else:
@@ -208,7 +218,7 @@ class Search:
             if not leaf or self.pushes_leaves:  # all leaves with the same id, as in the released code
                 children.append(child)
         children.sort(key=operator.attrgetter("cost"))
-        return children[: self.beam], None
+        return children, None
 
     def write_child(self, node: Node, number: int, option: tuple[float, str, list[int]]) -> Node:
         """Lists child `number` of a node, an option of `expand`; a single number is compared to the target."""
@@ -320,7 +330,7 @@ class Parallel(Hybrid):
         self.lines = []
         searches = [Search(child, self.target, self.sub_beam, self.rng) for child in children]
         for search in searches:
-            search.fixed_order, search.prunes = self.fixed_order, self.prunes
+            search.fixed_order, search.prunes, search.heuristic = self.fixed_order, self.prunes, self.heuristic
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)

@@ -132,13 +132,15 @@ def test_reference_traces_are_reproduced_to_the_byte(method, missing_moves):
 
 
 def heuristic_by_definition(name, numbers, target):
+    if name == "total":
+        return abs(sum(numbers) - target)
     if name == "sum":
         return sum(abs(Fraction(x) - target) for x in numbers) / len(numbers)
     factors = [f for f in range(2, target + 1) if target % f == 0]
     return sum(min(abs(x - f) for f in factors) for x in numbers)
 
 
-@pytest.mark.parametrize("name", ["sum", "multiply"])
+@pytest.mark.parametrize("name", ["sum", "multiply", "total"])
 def test_expand_makes_every_legal_child_in_order_and_best_first_sorts_them(name):
     rng = random.Random(3)
     for _ in range(60):
@@ -198,27 +200,27 @@ def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target
     assert repeated > 20 and expensive > 20
 
 
-@pytest.mark.parametrize("method", ["apr", "sosp"])
-def test_extra_children_are_listed_but_only_the_best_are_searched(method):
-    config = dataclasses.replace(CONFIGS[method], beam_low=2, beam_high=2, spawn_probability=1.0, order="fixed")
-    config = dataclasses.replace(config, list_extra=3, prune=True)
-    for i in range(200):
-        drawn = problem(LAPTOP, "train", 3, i)
-        trace = demonstrate(drawn, config, random.Random(i))
-        lines = list(itertools.takewhile(lambda line: line.kind != "goal", parse(trace.calls[0])))
-        listed = [line for line in lines if line.kind == "generate" and line.node.count(",") == 1]
-        children = search.best_first(search.expand(list(drawn.numbers), drawn.target))
-        children = search.pruned(children, drawn.target)
-        assert sorted(line.operation for line in listed) == sorted(operation for _, operation, _ in children[:5])
-        if len(children) < 2:
-            continue  # an only child is not handed out
-        ids = {line.operation: line.node for line in listed}
-        best = [ids[operation] for _, operation, _ in children[:2]]
-        if method == "apr":  # in order of their ids
-            assert [line.node for line in lines if line.kind == "start"] == sorted(best)
-        else:  # best first, until one succeeds
-            visited = [line.node for line in lines if line.kind == "enter"]
-            assert visited == best[: len(visited)] and (len(visited) == 2 or "Goal Reached" in trace.calls[0])
+@pytest.mark.parametrize("method", ["apr", "sosp", "sos"])
+def test_by_total_every_thread_lists_the_children_whose_sum_is_nearest_to_the_target(method):
+    """Of every state that lists children; a goal ends its list early."""
+    config = dataclasses.replace(CONFIGS[method], beam_low=3, beam_high=3, sub_beam_high=3, order="fixed", heuristic="total")
+    lists = {0: 0, 1: 0}  # of roots and of children
+    for i in range(60):
+        drawn = problem(PAPER, "train", 3, i)
+        for number, thread in enumerate(threads_of(demonstrate(drawn, config, random.Random(i)))):
+            lines = parse(thread.prompt + "".join(thread.calls))
+            for at, line in enumerate(lines):
+                following = [other.kind for other in lines[at + 1 :]]
+                if line.kind != "state" or following[:2] != ["explore", "generate"] or "goal" in following:
+                    continue
+                own = itertools.takewhile(lambda other: other.kind in ("explore", "generate"), lines[at + 1 :])
+                children = search.best_first(search.expand(list(line.numbers), drawn.target, "total"))
+                listed = [other.operation for other in own if other.kind == "explore"]
+                if len(listed) == 3:  # depth first announces each child before its sibling
+                    assert sorted(listed) == sorted(operation for _, operation, _ in children[:3])
+                    lists[min(number, 1)] += 1
+    assert method == "sos" or lists[0] > 20
+    assert method != "apr" or lists[1] > 20
 
 
 def test_depth_first_pruning_leaves_out_repeated_states_too():
