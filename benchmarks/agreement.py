@@ -137,14 +137,14 @@ def main() -> None:
     config.sampler.temperature = 0.0
     parts = build(config)
     params, _ = load_best(args.workdir, parts.param_shapes())
-    problems = parts.domain.problems("heldout", args.problems)
+    problems, language = parts.domain.problems("heldout", args.problems), Tokenizer(config.number_limit)
     rollouts = RolloutPool(parts).solve(params, problems)
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder) / "problems.json"
         data.write_text(json.dumps([{"nums": list(p.numbers), "target": p.target} for p in problems]))
         released = import_released(args.released.resolve(), data)
-    released.generate = generator(args.workdir, parts.domain.language)  # type: ignore[attr-defined]
-    counts = compare(released, rollouts, parts.domain.language)
+    released.generate = generator(args.workdir, language)  # type: ignore[attr-defined]
+    counts = compare(released, rollouts, language)
     print(json.dumps(counts))
     same = counts["same_calls"] == counts["parent_calls"] + counts["child_calls"]
     sys.exit(0 if same and counts["same_verdicts"] == counts["problems"] else 1)

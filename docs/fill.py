@@ -25,6 +25,7 @@ import pathlib
 import re
 import statistics
 import typing
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -80,7 +81,8 @@ def evaluation(run: str) -> dict[str, typing.Any]:
     return json.loads((ROOT / "pretrained" / run / "eval.json").read_text())[0]
 
 
-SUMMARIES = {"": statistics.fmean, "least": min, "most": max, "sd": statistics.stdev}
+Summary = Callable[[list[float]], float]
+SUMMARIES: dict[str, Summary] = {"": statistics.fmean, "least": min, "most": max, "sd": statistics.stdev}
 
 
 def field(runs: str, name: str) -> float:
