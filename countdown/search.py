@@ -94,11 +94,6 @@ _distances = functools.lru_cache(maxsize=1024)(_Distances)
 _PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
 
 
-def _left(numbers: list[int], i: int, j: int, result: int) -> list[int]:
-    """What is left of the numbers when two of them become a result."""
-    return [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
-
-
 def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[tuple[float, str, list[int]]]:
     """Every child of a state as (cost, operation, numbers left), in order of generation; low costs are good.
 
@@ -106,23 +101,20 @@ def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list
     of the target; "sum" is the mean distance to the target. Both are SoS's.
     "total" is the distance of the sum of the numbers left to the target.
     """
-    if heuristic == "total":
-        whole = sum(numbers)
-        return [
-            (abs(whole - numbers[i] - numbers[j] + result - target), operation, _left(numbers, i, j, result))
-            for i, j in _PAIRS[len(numbers)]
-            for result, operation in combine(numbers[i], numbers[j])
-        ]
-    near = _distances(heuristic, target)
-    costs = [near[value] if value <= target else value - target for value in numbers]
+    by_total, near = heuristic == "total", _distances(heuristic, target)
+    costs = numbers if by_total else [near[value] if value <= target else value - target for value in numbers]
     total = sum(costs)
     size = len(numbers) - 1 if heuristic == "sum" else 1
-    children = []
+    children: list[tuple[float, str, list[int]]] = []
     for i, j in _PAIRS[len(numbers)]:
+        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
         others = total - costs[i] - costs[j]
         for result, operation in combine(numbers[i], numbers[j]):
-            cost = others + (near[result] if result <= target else result - target)
-            children.append((cost / size, operation, _left(numbers, i, j, result)))
+            if by_total:
+                cost: float = abs(others + result - target)
+            else:
+                cost = (others + (near[result] if result <= target else result - target)) / size
+            children.append((cost, operation, [*rest, result]))
     return children
 
 
