@@ -37,8 +37,8 @@ from absl import flags
 from checks import Checked, at_least, one_of, require, within
 from countdown.grader import MAX_NUMBERS, MAX_VALUE, Problem, grade_path
 from countdown.language import Tokenizer
-from countdown.search import BreadthFirst, DepthFirst, Hybrid, Node, Parallel, Search, Trace
-from countdown.task import METHODS, Countdown, record, root_prompt
+from countdown.search import BreadthFirst, DepthFirst, Direct, Hybrid, Node, Parallel, Search, Trace
+from countdown.task import METHODS, UNBUDGETED, Countdown, record, root_prompt
 from harness.cli import launch, usage_errors
 from harness.show import show, verdict
 from records import Rollout, stored
@@ -207,8 +207,8 @@ class DemonstratorConfig(Checked):
         require(1 <= low <= most, f"beam_low_without_budget must be from 1 to the widest beam, {most}, not {low}")
         wide = self.method != "apr" or self.sub_beam_high >= most
         require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
-        stated = self.budget_fraction if self.method == "sos" else 0
-        require(not stated, f"SoS has no budget to condition on: budget_fraction must be 0, not {stated}")
+        stated = self.budget_fraction if self.method in UNBUDGETED else 0
+        require(not stated, f"{self.method} has no budget to condition on: budget_fraction must be 0, not {stated}")
 
     def seed_text(self) -> str:
         """What seeds the demonstrations. Its words never change, or the same seed would give other demonstrations."""
@@ -229,6 +229,8 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     if config.method == "sos":
         strategy = rng.choice((DepthFirst, BreadthFirst))
         search = strategy(root, target, beam, rng, rng.choice(("sum", "multiply")))
+    elif config.method == "direct":
+        search = Direct(root, target, beam, rng)
     elif config.method == "sosp":
         search = Hybrid(root, target, beam, rng, config.spawn_probability)
     else:

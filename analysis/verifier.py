@@ -148,6 +148,7 @@ class _Reader:
         self.times: Counter[tuple[str, str, frozenset[int]]] = Counter()  # of an operation of a node
         self.visited: dict[tuple[int, ...], tuple[int, int]] = {}  # sorted numbers -> call and line
         self.explored: Line | None = None  # the last operation, while lines refer to it
+        self.taken: Line | None = None  # an operation of which no node was made: the next one goes on from what it left
         self.claims: list[tuple[str, ...]] = []  # paths that a goal may rest on
         self.claimed = self.reached = False  # a goal was written; one that the grader accepts
 
@@ -195,6 +196,8 @@ class _Reader:
             return self.fault(MALFORMED_LINE, f"not in the trace language: {short(text.strip())!r}")
         if not self.given and (prefix or line.kind in _RUNTIMES):
             return self.fault(MALFORMED_LINE, f"for the runtime to write: {short(text.strip())!r}")
+        if line.kind != "explore":
+            self.taken = None
         match line.kind:
             case "move" | "enter":
                 if line.node not in self.known:
@@ -227,6 +230,8 @@ class _Reader:
         self.visited.setdefault(self.numbers, (self.call, self.line))
 
     def _read_explore(self, line: Line) -> None:
+        if self.taken is not None:  # a direct solution
+            self.numbers, self.operations = _state(self.taken.numbers, (*self.operations, self.taken.operation))
         a, sign, b, result = _operands(line.operation)
         value, have, both = _value(a, sign, b), Counter(self.numbers), Counter((a, b))
         right = () if value is None or both - have else (*(have - both).elements(), value)
@@ -247,7 +252,7 @@ class _Reader:
             pairs = have[a] * have[b] if a != b else math.comb(have[a], 2)
             if self.times[operands] > pairs and not self.claimed:  # a path restated after the goal repeats its lines
                 self.fault(DUPLICATE, f"{what} is listed {self.times[operands]} times, not {pairs}", steps=step)
-        self.explored = line
+        self.explored, self.taken = line, line if len(line.numbers) > 1 else None
         if len(line.numbers) == 1:  # SoS breadth-first announces leaves that lost, all as child 0
             self.known[f"{self.node},0"].append(_state(line.numbers, (*self.operations, line.operation)))
         self.claims = [*(self.claims if self.given else ()), (*self.operations, line.operation)]

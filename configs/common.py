@@ -101,7 +101,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         task="countdown",
         seed=0,
         # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
-        init=f"{'runs' if method == 'sos' else 'pretrained'}/{method}" if preset == "desktop" else "",
+        init=f"{'pretrained' if method in ('sosp', 'apr') else 'runs'}/{method}" if preset == "desktop" else "",
         problems=p["problems"],
         demonstrator=demonstrator(method, preset, beam_high, sub_beam_high, spawn_probability),
         number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit
@@ -155,7 +155,7 @@ def demonstrator(
         beam_high=beam_high,
         sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
         spawn_probability=spawn_probability,  # that an expanded node is judged promising
-        budget_fraction=0.0 if method == "sos" else 0.5,  # share that states its budget in the prompt
+        budget_fraction=0.0 if method in ("direct", "sos") else 0.5,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
         heuristic="total" if preset not in LARGE else "paper",  # which children are best: a small model learns sums

@@ -1,4 +1,4 @@
-"""Symbolic search on Countdown, written down as text: SoS, SoS+ and APR (paper section 4).
+"""Symbolic search on Countdown, written down as text: SoS, SoS+ and APR (paper section 4), or a solution alone.
 
   1. `expand` makes every child of a state (each pair of numbers, each legal
      operation) and ranks the children by a heuristic.
@@ -29,6 +29,7 @@ import heapq
 import itertools
 import operator
 import random
+from collections.abc import Iterator
 
 from countdown.language import CALL_TEXT, GOAL_TEXT, SPAWN_TEXT
 
@@ -123,12 +124,25 @@ def best_first(children: list[tuple[float, str, list[int]]]) -> list[tuple[float
     return sorted(children, key=operator.itemgetter(0))
 
 
-def pruned(children: list[tuple[float, str, list[int]]], target: int) -> list[tuple[float, str, list[int]]]:
-    """The children that cost at most the target (as in SoS depth-first), the first of each state alone."""
+def _each_state_once(children: list[tuple[float, str, list[int]]]) -> list[tuple[float, str, list[int]]]:
     first: dict[tuple[int, ...], tuple[float, str, list[int]]] = {}
     for child in children:
         first.setdefault(tuple(sorted(child[2])), child)
-    return [child for child in first.values() if child[0] <= target]
+    return [*first.values()]
+
+
+def pruned(children: list[tuple[float, str, list[int]]], target: int) -> list[tuple[float, str, list[int]]]:
+    """The children that cost at most the target (as in SoS depth-first), the first of each state alone."""
+    return [child for child in _each_state_once(children) if child[0] <= target]
+
+
+def solutions(numbers: list[int], target: int, heuristic: str = "multiply") -> Iterator[list[tuple[str, list[int]]]]:
+    """Every solution, as a list of (operation, numbers left): depth first, the best children first, each state once."""
+    for _, operation, left in _each_state_once(best_first(expand(numbers, target, heuristic))):
+        if left == [target]:
+            yield [(operation, left)]
+        elif len(left) > 1:
+            yield from ([(operation, left), *rest] for rest in solutions(left, target, heuristic))
 
 
 def state_line(node: Node, target: int) -> str:
@@ -245,6 +259,24 @@ class Search:
     def delegate(self, children: list[Node], level: int) -> Node | None:
         """Searches the children apart, at `level`; returns the leaf that reached the goal."""
         raise NotImplementedError
+
+
+class Direct(Search):
+    """A solution and nothing else, one operation a line ("optimal path" in Stream of Search, arXiv 2404.03683).
+
+    In fixed order it is the first of `solutions`, else one of them by lot.
+    """
+
+    def search(self, root: Node, level: int) -> Node | None:
+        """Writes the operations of a solution, and that the goal is reached."""
+        found = solutions(root.numbers, self.target, self.heuristic)
+        path = next(found, None) if self.fixed_order else self.rng.choice([*found] or [None])
+        for operation, numbers in path or ():
+            self.lines.append(f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n")
+        if path is None:
+            return None
+        self.lines.append(f"{self.target},{self.target}{GOAL_TEXT}")
+        return root
 
 
 class BreadthFirst(Search):

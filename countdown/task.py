@@ -46,7 +46,8 @@ from countdown.search import Node, Trace, spawn_block, state_line
 from protocols import MalformedSpawn, Spawn
 from records import Call, Grade, Rollout, Thread
 
-METHODS = ("sos", "sosp", "apr")
+METHODS = ("direct", "sos", "sosp", "apr")
+UNBUDGETED = ("direct", "sos")  # their prompts state no budget
 JOINS = ("path", "text")
 
 _MOVE = re.compile(f"Moving to Node #({FIELDS['node']})\n")
@@ -75,7 +76,7 @@ def _known_nodes(text: str) -> dict[str, str]:
 
 
 def root_prompt(problem: Problem, method: str) -> str:
-    """First lines of a root thread. APR announces its root; SoS and SoS+ only state it."""
+    """First lines of a root thread. APR announces its root; the other methods only state it."""
     state = state_line(Node("0", list(problem.numbers), "", 0, "", None), problem.target)
     return f"Moving to Node #0\n{state}" if method == "apr" else state
 
@@ -246,7 +247,8 @@ class Countdown(Checked):
         kinds = [line.kind for line in lines]
         if kinds[-2:] != ["explore", "goal"] or state.kind != "state" or {*kinds} - _PATH_KINDS - {"miss"}:
             return Grade(False, "no answer: no operation reaches the goal from a state")
-        return grade_steps(problem, (*state.operations, lines[-2].operation))
+        steps = [line.operation for line in lines if line.kind == "explore"]
+        return grade_steps(problem, (*state.operations, *(steps if self.method == "direct" else steps[-1:])))
 
 
 def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:

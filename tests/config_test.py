@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sft
-from configs import apr, common, sos, sosp
+from configs import apr, common, direct, sos, sosp
 from configs import grpo as rl
 from harness.build import build
 from harness.evaluation import report
@@ -25,7 +25,7 @@ from train_state import OptimizerConfig, make_train_step, state_from_key
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
-SUPERVISED = {"apr": apr, "sosp": sosp, "sos": sos}
+SUPERVISED = {"apr": apr, "sosp": sosp, "sos": sos, "direct": direct}
 PRESETS = ("smoke", "laptop", "desktop", "gpu", "paper")
 
 
@@ -91,7 +91,7 @@ def test_every_supervised_preset_builds(name, preset):
 def test_methods_are_compared_alike(preset):
     """Same problems, model, tokens and schedule; only the demonstrations differ."""
     base = leaves(apr.get_config(preset))
-    for other in (sosp, sos):
+    for other in (sosp, sos, direct):
         differing = {name for name, value in leaves(other.get_config(preset)).items() if value != base[name]}
         assert all(name in ("name", "init") or name.startswith("demonstrator.") for name in differing)
 

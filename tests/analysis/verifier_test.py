@@ -110,6 +110,23 @@ def test_right_demonstrations_have_no_faults(method, count):
     assert 50 < solved < 190
 
 
+def test_a_direct_solution_goes_on_from_what_its_last_operation_left():
+    direct = DemonstratorConfig("direct", 1, 1, 1, 0.0, budget_fraction=0, token_bin=512)
+    task = Countdown(TOKENIZER, "direct")
+    for index in range(100):
+        assert faults_of(demonstration(FAMILIES[4], direct, task, "train", 0, index)) == []
+    prompt, goal = "Current State: 21:[4, 12, 18], Operations: []\n", f"21,21{GOAL_TEXT}"
+    first = "Exploring Operation: 12/4=3, Resulting Numbers: [18, 3]\n"
+    faults = {
+        "Exploring Operation: 18+3=20, Resulting Numbers: [20]\n": verifier.WRONG_ARITHMETIC,
+        "Exploring Operation: 18+4=22, Resulting Numbers: [22]\n": verifier.UNAVAILABLE_NUMBER,
+        "Exploring Operation: 18*3=54, Resulting Numbers: [54]\n": verifier.FALSE_GOAL,
+    }
+    for second, kind in faults.items():
+        rollout = record(PROBLEM, Trace(prompt, [first + second + goal], []), task)
+        assert kind_of(rollout) == kind
+
+
 @pytest.mark.parametrize("method", ["sos", "sosp"])
 def test_the_released_serial_traces_have_no_faults(method):
     for case in json.loads((REFERENCES / f"{method}.json").read_text()):

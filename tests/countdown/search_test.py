@@ -24,6 +24,7 @@ LAPTOP = ProblemRange(3, 1, 20, 10, 50)
 APR = DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0, token_bin=512)
 SOSP = DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0, token_bin=512)
 SOS = DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512)
+DIRECT = DemonstratorConfig("direct", 1, 1, 1, 0.0, budget_fraction=0, token_bin=512)
 CONFIGS = {"apr": APR, "sosp": SOSP, "sos": SOS}
 TOKENIZER = Tokenizer(100)
 
@@ -280,6 +281,62 @@ def test_demonstrations_are_graded_by_what_they_found():
             else:
                 assert rollout.grade.reason == "no answer"
     assert len(verdicts) == 6
+
+
+def ways(numbers, target, states=()):
+    """Every sequence of states (sorted numbers) from these numbers to the target, by fractions and brute force."""
+    if len(numbers) == 1:
+        yield from [states] if numbers[0] == target else []
+        return
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        for result in (a + b, a * b, a - b, Fraction(a, b) if b else -1):
+            if result >= 0 and result == int(result):
+                state = tuple(sorted([*rest, int(result)]))
+                yield from ways([*state], target, (*states, state))
+
+
+def test_solutions_are_right_and_every_way_through_the_states_is_there_once():
+    for index in range(150):
+        drawn = problem(LAPTOP, "train", 3, index)
+        found = [*search.solutions(list(drawn.numbers), drawn.target, "total")]
+        assert all(grade_steps(drawn, [operation for operation, _ in path]).correct for path in found)
+        states = [tuple(tuple(sorted(left)) for _, left in path) for path in found]
+        assert sorted(states) == sorted({*ways([*drawn.numbers], drawn.target)})
+
+
+@pytest.mark.parametrize("order", solver.ORDERS)
+def test_a_direct_demonstration_is_a_solution_and_nothing_else(order):
+    config, task = dataclasses.replace(DIRECT, order=order), Countdown(TOKENIZER, "direct")
+    lotteries = 0
+    for index in range(100):
+        drawn = problem(PAPER, "train", 3, index)
+        paths = [*search.solutions(list(drawn.numbers), drawn.target)]
+        traces = [demonstrate(drawn, config, random.Random(draw)) for draw in range(4)]
+        for trace in traces:
+            kinds = [line.kind for line in parse(trace.prompt + trace.calls[0])]
+            assert kinds == ["state", "explore", "explore", "explore", "goal"] and not trace.spawns
+            grade = solver.record(drawn, trace, task).grade
+            assert grade.correct and [*grade.answer] in [[operation for operation, _ in path] for path in paths]
+            assert order == "random" or [*grade.answer] == [operation for operation, _ in paths[0]]
+        lotteries += len({trace.calls[0] for trace in traces}) > 1
+    assert lotteries > 30 if order == "random" else lotteries == 0
+
+
+def test_a_direct_answer_is_judged_by_all_its_operations():
+    """25-22=3, then 9*3=27: right with both, and not with the last alone or with a wrong first one."""
+    drawn, task = Problem((9, 22, 25), 27), Countdown(TOKENIZER, "direct")
+    prompt = solver.root_prompt(drawn, "direct")
+    last = f"Exploring Operation: 9*3=27, Resulting Numbers: [27]\n27,27{GOAL_TEXT}"
+    first = "Exploring Operation: 25-22=3, Resulting Numbers: [9, 3]\n"
+    for text, right in ((first + last, True), (last, False), (first.replace("=3", "=4") + last, False)):
+        assert solver.record(drawn, search.Trace(prompt, [text], []), task).grade.correct is right
+
+
+def test_a_direct_demonstration_of_what_cannot_be_solved_says_so():
+    trace = demonstrate(Problem((1, 1, 1), 50), DIRECT, random.Random(0))
+    assert trace.calls == ["No solution found.\n"]
 
 
 def test_only_the_root_spawns_and_never_one_child():
