@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from harness.build import build
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import budget_line, evaluation_json, fingerprint, measure, problem_set, warm_up
+from harness.files import lock
 from harness.results import Evaluation, read
 from harness.rollouts import RolloutPool
 from harness.workdir import holds_parameters, load_best, read_config, write_json
@@ -63,7 +64,13 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
 
 
 def run(plan: Sequence[Point], output: pathlib.Path) -> None:
-    """Measures the points that `output` does not hold yet, a folder with an eval.json each; prints a line of each."""
+    """Measures the points that `output` does not hold yet, a folder with an eval.json each; prints a line of each.
+
+    Raises UsageError if another sweep writes to `output`, or if nothing can be written there.
+    """
+    with usage_errors():
+        output.mkdir(parents=True, exist_ok=True)
+        lock(output.absolute())
     loaded, warm = None, set()
     for number, point in enumerate(plan, 1):
         parts = build(point.config)

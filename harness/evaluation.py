@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import sys
+import tempfile
 import time
 import typing
 from collections import Counter
@@ -180,7 +181,7 @@ def report(
     """
     with usage_errors():
         output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").touch()
+        tempfile.TemporaryFile(dir=output).close()
     warm_up(pool, params, problems)
     label, name, started = pool.parts.config.name, "eval.json", time.monotonic()
     try:

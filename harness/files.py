@@ -92,5 +92,5 @@ def lock(folder: pathlib.Path) -> typing.IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise UsageError(f"{folder} is in use by another run: wait for it, or choose another --workdir") from error
+        raise UsageError(f"{folder} is in use by another run: wait for it, or choose another folder") from error
     return file

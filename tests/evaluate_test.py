@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
 import random
@@ -590,6 +591,16 @@ def test_a_sweep_goes_on_where_it_stopped_and_mixes_nothing(smoke_run, command: 
     assert len(summaries) == 4  # other draws are another point
     assert len({s["problem_set"] for s in summaries}) == 1  # ... on the same problems
     assert sorted((s["seed"], s["limits"]["depth"]) for s in summaries) == [(0, 1)] * 3 + [(1, 0)]  # a field of them all
+
+
+def test_a_second_sweep_into_one_folder_is_refused_while_the_first_one_runs(smoke_run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "out").mkdir()
+    plan = sweep_file(tmp_path, smoke_run.path, {"sampler.top_k": (0,)})
+    with open(tmp_path / "out" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ended = command(evaluate, plan, f"--output={tmp_path / 'out'}")
+    assert ended.status == 2 and "is in use by another run" in ended.err, ended
 
 
 def test_a_sweep_warms_up_once_for_points_that_share_compiled_functions(smoke_run, command, tmp_path, monkeypatch):

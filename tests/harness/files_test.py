@@ -52,7 +52,7 @@ def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-        with pytest.raises(UsageError, match="in use by another run: wait for it, or choose another --workdir"):
+        with pytest.raises(UsageError, match="in use by another run: wait for it, or choose another folder"):
             files.lock(tmp_path)
     finally:
         holder.kill()
