@@ -43,6 +43,7 @@ from harness.cli import UsageError, launch, usage_errors
 
 # Label -> colour (Okabe and Ito's, and their grey) and marker. What a method is compared with has its marker.
 LOOKS = {
+    "Direct": ("#B22222", "p"),
     "SoS": ("#000000", "v"),
     "SoS RL": ("#999999", "<"),
     "SoS+": ("#E69F00", "s"),
@@ -57,7 +58,7 @@ LOOKS = {
     "APR inherit": ("#1F3A5F", "o"),
     "APR sequential": ("#5F9EA0", "o"),
 }
-SPARE_MARKERS = ">pd*8"  # of labels that are not ours
+SPARE_MARKERS = ">Hd*8"  # of labels that are not ours
 GREY = "#808080"
 KINDS: dict[str, Style] = {
     ARROW: {},

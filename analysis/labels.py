@@ -6,6 +6,7 @@ import re
 
 # Label -> name of its run. Tables and legends keep this order.
 RUNS = {
+    "Direct": "direct",
     "SoS": "sos",
     "SoS RL": "grpo-sos",
     "SoS+": "sosp",

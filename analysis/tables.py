@@ -13,6 +13,8 @@ from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS
 from harness import stats
 
 Row = list[typing.Any]  # cells of a table
+EQUAL_TOTAL = tuple(128 << i for i in range(8))  # budgets of tokens at which methods are compared
+EQUAL_SEQUENTIAL = (64, 128, 256, 384, 512, 1024)
 
 
 class Table(typing.NamedTuple):
@@ -119,10 +121,51 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
         control = f"{sum(controls) / len(controls):.3g}" if controls else ""
         slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
         rows.append([*name, f"these {len(group)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"])
+    rows += [row for e in sampled(entries) for row in _resampled(e)]
     note = "After s1 (arXiv 2501.19393). Control: share of rollouts within the budget. Scaling: mean slope of accuracy "
     note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy."
     head = "method | temperature | budget | accuracy | total tokens | Control | Scaling | Performance"
     return Table("Table 4. Budget forcing", note, head, rows)
+
+
+def _resampled(entry: Entry) -> list[Row]:
+    """Rows of rejection sampling: a problem is sampled again until its rollout costs at most a bound."""
+    correct, spent = ([getattr(r, name) for r in entry.results] for name in ("correct", "total_tokens"))
+    name, points, rows = [entry.label, f"{entry.temperature:g}"], [], list[Row]()
+    for bound in (entry.context * eighth // 8 for eighth in range(2, 9)):
+        estimate, tokens = stats.resampled(correct, spent, bound, entry.samples)
+        points.append((tokens, estimate[0]))
+        rows.append([*name, f"resampled to at most {bound} tokens", share(estimate), f"{tokens:,.0f}", "1", "", ""])
+    slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
+    return [*rows, [*name, f"these {len(rows)}", "", "", "1", slope, f"{max(y for _, y in points):.3f}"]]
+
+
+def equal_table(entries: Sequence[Entry]) -> Table:
+    """What every method achieves at equal total tokens, and at equal sequential tokens: as many samples as they pay.
+
+    Samples run side by side, so k of them take the sequential tokens of the longest.
+    """
+    rows: list[Row] = []
+    for kind, budgets in (("total", EQUAL_TOTAL), ("sequential", EQUAL_SEQUENTIAL)):
+        for budget in budgets:
+            for e in [*free(entries, 0.0), *sampled(entries)]:
+                costs = {k: _together(e, int(k), kind) for k in e.pass_at}
+                if paid := [k for k, cost in costs.items() if cost <= budget]:
+                    k = max(paid, key=int)
+                    row = [e.label, f"{e.temperature:g}", k, share(e.cons_at[k]), share(e.pass_at[k])]
+                    rows.append([kind, f"{budget:,}", *row, f"{costs[k]:,.0f}"])
+    note = "The most samples whose mean tokens stay within the budget. cons@k is the majority, pass@k any of them."
+    head = "tokens | budget | method | temperature | k | cons@k | pass@k | tokens used"
+    return Table("Table 8. All methods at equal tokens", note, head, rows)
+
+
+def _together(entry: Entry, k: int, kind: str) -> float:
+    """Mean tokens of k samples of a problem: of all of them, or of the longest (of the whole groups of k)."""
+    if kind == "total":
+        return k * entry.total_tokens
+    problems = stats.grouped([r.sequential_tokens for r in entry.results], entry.samples)
+    longest = [max(p[i : i + k]) for p in problems for i in range(0, entry.samples - k + 1, k)]
+    return sum(longest) / len(longest)
 
 
 def failure_table(entries: Sequence[Entry]) -> Table:
@@ -166,7 +209,9 @@ def samples_table(entries: Sequence[Entry]) -> Table:
     return Table("Table 7. Several samples of each problem", note, head, rows)
 
 
-TABLES = (accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table, samples_table)
+TABLES = (
+    accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table, samples_table, equal_table,
+)  # fmt: skip
 
 
 def markdown(table: Table) -> str:

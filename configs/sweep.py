@@ -51,7 +51,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
     budgets = choose(BUDGETS, preset)
     suffix = "" if preset == "laptop" else f"-{preset}"
 
-    pair, trained = ("SoS+", "APR"), ("SoS", "SoS RL", "SoS+", "SoS+ RL", "APR", "APR RL")
+    pair, trained = ("SoS+", "APR"), ("Direct", "SoS", "SoS RL", "SoS+", "SoS+ RL", "APR", "APR RL")
 
     def at(*temperatures: float) -> dict[str, tuple]:
         """One temperature for all methods, whatever their runs evaluate at."""
@@ -62,6 +62,7 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (trained, at(*budgets.temperatures)),
         (("SoS+", "SoS+ RL"), {**at(1.0), "evaluation.samples": budgets.samples[:1]}),
         (("APR", "APR RL"), {**at(1.0), "evaluation.samples": budgets.samples[1:]}),
+        (("Direct",), {**at(1.0), "evaluation.samples": (256,)}),  # of about a tenth of the tokens
         (trained, alone),
         (("APR sequential",), {**alone, "sampler.rows": (2,), "sampler.workers": (1,)}),
         (("APR budget", "APR budget RL"), {**at(0.0), "budget.children": budgets.children}),

@@ -120,6 +120,16 @@ def reached_within(correct: Sequence[bool], costs: Sequence[float], bound: float
     return mean_with_interval(per_problem(within, samples))
 
 
+def resampled(correct: Sequence[bool], costs: Sequence[float], bound: float, samples: int) -> tuple[Estimate, float]:
+    """Accuracy, and mean cost of an answer, if a problem is sampled again until a sample costs at most `bound`.
+
+    A problem none of whose `samples` does is not solved, and costs nothing (s1, arXiv 2501.19393: rejection sampling).
+    """
+    tried = grouped(list(zip(correct, costs, strict=True)), samples)
+    first = [next((sample for sample in group if sample[1] <= bound), (False, 0.0)) for group in tried]
+    return mean_with_interval([float(right) for right, _ in first]), sum(cost for _, cost in first) / len(first)
+
+
 def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str, Estimate]:
     """Context window -> accuracy if only rollouts counted whose every context fits (paper, section 5).
 

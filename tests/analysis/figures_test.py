@@ -456,6 +456,32 @@ def test_forcing_table_by_hand():
     assert tables.forcing_table([entry()]).rows == []
 
 
+def two_samples(**fields):
+    """Two problems of two samples: 100 and 300 tokens, 40 and 80 in sequence; the first samples are right."""
+    results = [result(True, 100, 40), result(False, 300, 80), result(True, 100, 40), result(False, 300, 80)]
+    both = {"pass_at": {"1": [0.5, 0.1, 0.9], "2": [1.0, 0.4, 1.0]}, "cons_at": {"1": [0.5, 0.1, 0.9], "2": [0.6, 0.2, 0.9]}}
+    return entry("Direct", results=results, samples=2, temperature=1.0, **both, **fields)
+
+
+def test_rejection_sampling_by_hand():
+    rows = rows_of(tables.forcing_table([two_samples(context=512)]))
+    assert [row["budget"] for row in rows[:2]] == ["resampled to at most 128 tokens", "resampled to at most 192 tokens"]
+    assert rows[0]["accuracy"].startswith("1.000 (") and rows[0]["total tokens"] == "100"
+    assert rows[-1]["budget"] == "these 7" and rows[-1]["Performance"] == "1.000" and rows[-1]["Scaling"] == ""
+
+
+def test_equal_tokens_by_hand():
+    """Means: 200 tokens a sample, 60 in sequence; two side by side take 400, and 80 in sequence."""
+    rows = rows_of(tables.equal_table([two_samples(), entry(total_tokens=500, sequential_tokens=50)]))
+    taken = {(row["tokens"], row["budget"], row["method"]): (row["k"], row["pass@k"][:5], row["tokens used"]) for row in rows}
+    assert taken["total", "256", "Direct"] == ("1", "0.500", "200")
+    assert taken["total", "512", "Direct"] == ("2", "1.000", "400")
+    assert taken["sequential", "64", "Direct"] == ("1", "0.500", "60")
+    assert taken["sequential", "128", "Direct"] == ("2", "1.000", "80")
+    assert taken["total", "512", "APR"] == ("1", "0.750", "500")
+    assert ("total", "256", "APR") not in taken and ("total", "128", "Direct") not in taken
+
+
 def test_failure_and_cost_tables_by_hand():
     first = entry(correct=(True, False, False, False), failures={"duplicate": 0.25, "wrong_state": 0.5})
     rows = rows_of(tables.failure_table([first, entry("SoS", failures={"duplicate": 0.5})]))

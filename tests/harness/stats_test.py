@@ -144,6 +144,16 @@ def test_adherence_counts_those_inside():
     assert stats.adherence([4, 5, 5, 7], 5, 6) == {"asked": [5, 6], "used": 5.25, "within": 0.5}
 
 
+def test_resampling_takes_the_first_sample_that_is_short_enough():
+    """Three problems of three samples: the second fits and is right, the first fits and is wrong, none fits."""
+    correct = [True, True, False, False, True, True, True, True, True]
+    costs = [90, 40, 10, 50, 10, 10, 60, 70, 80]
+    (value, low, high), tokens = stats.resampled(correct, costs, 50, 3)
+    assert value == pytest.approx(1 / 3) and (low, high) == stats.wilson(1, 3)
+    assert tokens == (40 + 50 + 0) / 3
+    assert stats.resampled(correct, costs, 1000, 3)[0][0] == pytest.approx(2 / 3)
+
+
 def test_scaling_is_the_mean_slope_of_all_pairs():
     slope = (0.2 / 100 + 0.3 / 300 + 0.1 / 200) / 3
     assert stats.scaling([(100, 0.5), (200, 0.7), (400, 0.8)]) == pytest.approx(slope)
