@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import typing
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +12,13 @@ from collections.abc import Sequence
 from analysis.charts import point
 from analysis.choose import THREADS, Entry, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
 from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
+from countdown.grader import Problem
+from countdown.search import solutions
 from harness import stats
 
 Row = list[typing.Any]  # cells of a table
 EQUAL_TOTAL = tuple(128 << i for i in range(8))  # budgets of tokens at which methods are compared
+WANTED = 4  # solutions of a problem that are enough
 EQUAL_SEQUENTIAL = (64, 128, 256, 384, 512, 1024)
 
 
@@ -209,8 +214,46 @@ def samples_table(entries: Sequence[Entry]) -> Table:
     return Table("Table 7. Several samples of each problem", note, head, rows)
 
 
+def solutions_table(entries: Sequence[Entry]) -> Table:
+    """How many of the distinct solutions of a Countdown problem all samples together find (AsyncThink)."""
+    rows = []
+    for e in (e for e in sampled(entries) if e.task == "countdown"):
+        found, there = [], []
+        for group in stats.grouped(e.results, e.samples):
+            problem = Problem(tuple(group[0].problem["numbers"]), group[0].problem["target"])
+            found.append(len({_states(problem, result.answer) for result in group if result.correct}))
+            there.append(_solutions(problem))
+        shares = [have / every for have, every in zip(found, there, strict=True)]
+        enough = [float(have >= min(WANTED, every)) for have, every in zip(found, there, strict=True)]
+        row = [e.label, f"{e.temperature:g}", e.samples, f"{e.samples * e.total_tokens:,.0f}"]
+        row += [f"{sum(values) / e.n:.2f}" for values in (found, there)]
+        rows.append([*row, share(stats.mean_with_interval(shares)), share(stats.mean_with_interval(enough))])
+    note = "Multi-solution Countdown (AsyncThink, arXiv 2510.26658), by samples. Two solutions are one if they go "
+    note += f"through the same states. The last column: at least {WANTED} solutions, or all where there are fewer."
+    head = "method | temperature | samples | total tokens | found | solutions | share found | enough found"
+    return Table("Table 9. Distinct solutions", note, head, rows)
+
+
+@functools.cache
+def _solutions(problem: Problem) -> int:
+    return sum(1 for _ in solutions([*problem.numbers], problem.target))
+
+
+def _states(problem: Problem, steps: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The numbers that are left after each step of a right answer, sorted."""
+    left, states = [*problem.numbers], []
+    for step in steps:
+        a, b, result = map(int, re.split("[-+*/=]", step))
+        left.remove(a)
+        left.remove(b)
+        left.append(result)
+        states.append(tuple(sorted(left)))
+    return tuple(states)
+
+
 TABLES = (
     accuracy_table, rl_table, ablation_table, forcing_table, failure_table, cost_table, samples_table, equal_table,
+    solutions_table,
 )  # fmt: skip
 
 

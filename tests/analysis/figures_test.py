@@ -482,6 +482,16 @@ def test_equal_tokens_by_hand():
     assert ("total", "256", "APR") not in taken and ("total", "128", "Direct") not in taken
 
 
+def test_distinct_solutions_by_hand():
+    """From 1, 2 and 3 to 6 by way of 3 and 3, 2 and 4, 1 and 5, 2 and 3, or 1 and 6: two of the five are found."""
+    answers = [["1+2=3", "3+3=6"], ["2+1=3", "3+3=6"], ["1*2=2", "2*3=6"], ["1+2=3", "3+3=6"]]
+    results = [dataclasses.replace(result(True), answer=answer) for answer in answers]
+    results[3] = dataclasses.replace(results[3], correct=False)
+    (row,) = rows_of(tables.solutions_table([entry(results=results, samples=4, temperature=1.0)]))
+    assert (row["found"], row["solutions"]) == ("2.00", "5.00")
+    assert row["share found"].startswith("0.400") and row["enough found"].startswith("0.000")
+
+
 def test_failure_and_cost_tables_by_hand():
     first = entry(correct=(True, False, False, False), failures={"duplicate": 0.25, "wrong_state": 0.5})
     rows = rows_of(tables.failure_table([first, entry("SoS", failures={"duplicate": 0.5})]))
