@@ -156,7 +156,7 @@ def test_expand_makes_every_legal_child_in_order_and_best_first_sorts_them(name)
             legal += [([*rest, result], sign) for result, sign in results]
         children = search.expand(numbers, target, name)
         ranked = search.best_first(children)
-        assert ranked == sorted(children, key=lambda child: (child[0], children.index(child)))
+        assert ranked == [child for _, child in sorted(enumerate(children), key=lambda at: (at[1][0], at[0]))]
         costs = [cost for cost, _, _ in children]
         assert costs == pytest.approx([float(heuristic_by_definition(name, left, target)) for _, _, left in children])
         signs = [next(sign for sign in "+*-/" if sign in operation) for _, operation, _ in children]
