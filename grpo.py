@@ -42,10 +42,11 @@ from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
 from harness.plan import plan
 from harness.processes import launch
+from harness.reference import Reference
 from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, holds_parameters, load_best, read_config
-from objective import ADVANTAGES, AGGREGATES, GrpoConfig, Totals, grpo_loss, reward
+from objective import ADVANTAGES, AGGREGATES, CREDITS, GrpoConfig, Sizes, Totals, grpo_loss, reward
 from packing import Segment, TokenBatch, lay_out, pack, pad_microbatches, places, segments, to_microbatches
 from protocols import Request
 from records import Rollout
@@ -83,7 +84,7 @@ def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int
         requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
         rollouts = pool.run(params, config.temperature, requests, (seed, step))
         groups += [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
-        rewards = np.asarray([[reward(rollout, config) for rollout in group] for group in groups], np.float64)
+        rewards = np.asarray([[reward(rollout, config, step) for rollout in group] for group in groups], np.float64)
         missing = config.problems - int((np.ptp(rewards, axis=1) > 0).sum())
         if missing <= 0:
             break
@@ -91,16 +92,21 @@ def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int
 
 
 def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list[Segment]:
-    """Segments of all threads of a step, of at most `length` tokens, with their weights and advantages attached."""
-    rollouts = [rollout for group in collected.groups for rollout in group]
-    ids_per_call = [[len(call.sampled) for t in r.threads() for call in t.calls if call.sampled] for r in rollouts]
-    num_calls = [len(ids) for ids in ids_per_call]
-    totals = Totals(len(rollouts), sum(num_calls), sum(map(sum, ids_per_call)), config.rollout_constant)
+    """Segments of the threads that are trained on, of at most `length` tokens, with weights and advantages attached."""
+    trained = [CREDITS[config.credit](rollout) for group in collected.groups for rollout in group]
+    sizes = [[[len(call.sampled) for call in t.calls if call.sampled] for t in threads] for threads in trained]
+    calls = [sum(map(len, threads)) for threads in sizes]
+    tokens = sum(sum(map(sum, threads)) for threads in sizes)
+    totals = Totals(len(trained), sum(calls), tokens, config.rollout_constant)
     weigh = AGGREGATES[config.aggregate]
     pieces = []
-    for rollout, calls, advantage in zip(rollouts, num_calls, collected.advantages.reshape(-1), strict=True):
-        for thread in rollout.threads():
-            weights = [weigh(max(1, len(call.sampled)), calls, totals) for call in thread.calls]
+    for threads, counts, num_calls, advantage in zip(trained, sizes, calls, collected.advantages.flat, strict=True):
+        for thread, ids in zip(threads, counts, strict=True):
+            own = Sizes(0, sum(ids), num_calls, sum(map(bool, counts)))
+            weights = [
+                weigh(own._replace(tokens=len(call.sampled)), totals) if call.sampled else (0.0, 0.0)
+                for call in thread.calls
+            ]
             for piece in segments(thread, length):
                 piece.attach(weights, advantage)
                 pieces.append(piece)
@@ -149,8 +155,9 @@ class Trainer:
     validates_start = True
     batch: TokenBatch | None = None
 
-    def __init__(self, pool: RolloutPool, reference: typing.Any) -> None:
-        self.pool, self.parts, self.reference = pool, pool.parts, reference
+    def __init__(self, pool: RolloutPool, start: typing.Any, path: pathlib.Path | None = None) -> None:
+        """`start` is the reference policy; those that replace it are kept below `path`."""
+        self.pool, self.parts, self.reference = pool, pool.parts, Reference(start, path)
         self.config = config = GrpoConfig(**self.parts.config.grpo)
         self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
         self.problem = 0
@@ -159,13 +166,15 @@ class Trainer:
         self.train_step = make_train_step(model, self.parts.optimizer, self.loss, mesh, config.temperature)
         self.score = make_score(model, mesh, config.temperature)
 
-    def resume(self, cursor: int | None) -> None:
-        """Goes on with the problems at a cursor."""
-        self.problem = cursor or 0
+    def resume(self, cursor: dict[str, typing.Any] | None) -> None:
+        """Goes on with the problems, and the reference policy, at a cursor."""
+        if cursor:
+            self.problem = cursor["problem"]
+            self.reference.resume(cursor["reference"])
 
-    def cursor(self) -> int:
-        """The number of the next problem."""
-        return self.problem
+    def cursor(self) -> dict[str, typing.Any]:
+        """The number of the next problem, and where the reference policy stands."""
+        return {"problem": self.problem, "reference": self.reference.cursor}
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, float]]:
         """Rollouts, then the inner updates; returns the state and the metrics of the step."""
@@ -178,7 +187,12 @@ class Trainer:
         self.batch = None
         if config.dead_groups != "keep":
             collected = collected.with_signal()
-        return self._update(state, collected, values) if collected.groups else (state, values)
+        if collected.groups:
+            state, values = self._update(state, collected, values)
+        if config.reference == "flat":
+            self.reference.note(number, values["reward"], state.params, number % self.eval_every == 0)
+            values["reference_step"] = self.reference.step
+        return state, values
 
     def _update(
         self, state: TrainState, collected: Collected, values: dict[str, float]
@@ -200,7 +214,7 @@ class Trainer:
         values |= sampler_trainer_gap(drawn, trainer, rows)
         values |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "entropy")}
         values["clip_share"] = float(metrics["clipped"] / tokens)
-        if config.kl_weight:  # else nothing knows the reference's log-probs
+        if config.compares:  # else nothing knows the reference's log-probs
             values["kl"] = float(metrics["kl"] / tokens)
         values["pack_seconds"], values["score_seconds"] = packed - began, scored - packed
         values["update_seconds"] = time.perf_counter() - scored
@@ -214,7 +228,7 @@ class Trainer:
         if config.tis_cap:
             ratio = np.exp(np.where(batch.sampled, batch.old_logp - sampler, 0))
             batch = batch._replace(weight=batch.weight * np.minimum(ratio, config.tis_cap))
-        reference = np.asarray(self.score(self.reference, batch)) if config.kl_weight else batch.old_logp
+        reference = np.asarray(self.score(self.reference.params, batch)) if config.compares else batch.old_logp
         return batch._replace(ref_logp=reference)
 
     def summary(self, pending: list[dict[str, float]], seconds: float) -> loop.Values:
@@ -239,7 +253,7 @@ def train(pool: RolloutPool, workdir: Workdir, reference: typing.Any) -> None:
     """Runs or resumes reinforcement learning from the parameters `reference`."""
     state = state_from_params(pool.parts.optimizer, pool.parts.mesh, reference)
     copy = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
-    loop.train(pool, workdir, Trainer(pool, copy), state)
+    loop.train(pool, workdir, Trainer(pool, copy, workdir.path / "reference"), state)
 
 
 # ------------------------------------------------------------------- command line

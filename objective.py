@@ -8,6 +8,7 @@ batch) and a sampled token t:
     loss  = - sum_t w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) + kl_weight sum_t v_t (e^d_t - d_t - 1)
     "call": w_t = 1 / (n_c C_g C), v_t = 1 / (n_c C)   "token": w = v = 1 / tokens
     "rollout": w_t = v_t = 1 / (rollout_constant rollouts)
+    "thread": w_t = v_t = 1 / (ids of the thread x threads of the rollout x rollouts)
 
 log pi is the policy's at `grpo.temperature`, at which the rollouts are sampled too.
 
@@ -18,6 +19,7 @@ numbers worked out by hand.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from typing import Annotated
@@ -28,9 +30,9 @@ import numpy as np
 from jax import Array
 
 import records
-from checks import Checked, above, at_least, one_of, require
+from checks import Checked, above, at_least, one_of, require, within
 from packing import TokenBatch
-from records import Rollout
+from records import Rollout, Thread
 from train_state import LossFn, TokenStats
 
 # ------------------------------------------------------------------- advantages of rewards [P, G] within their groups
@@ -78,7 +80,31 @@ def k3(d: Array) -> Array:
 
 ESTIMATORS: dict[str, Callable[[Array], Array]] = {"k1": k1, "k2": k2, "k3": k3}
 
+# ------------------------------------------------------------------- threads of a rollout that are trained on
+
+
+def everyone(rollout: Rollout) -> list[Thread]:
+    """Parent and children (paper)."""
+    return rollout.threads()
+
+
+def parent(rollout: Rollout) -> list[Thread]:
+    """The root alone: what children sample has no gradient (PARL, Kimi K2.5). They still share its parameters."""
+    return [rollout.root]
+
+
+CREDITS: dict[str, Callable[[Rollout], list[Thread]]] = {"all": everyone, "parent": parent}
+
 # ------------------------------------------------------------------- weights (policy, KL) of each token of a call
+
+
+class Sizes(typing.NamedTuple):
+    """Where the tokens of a call stand. Calls and threads count if they hold sampled ids."""
+
+    tokens: int  # of the call
+    thread: int  # tokens of its thread
+    calls: int  # of its rollout
+    threads: int  # of its rollout
 
 
 class Totals(typing.NamedTuple):
@@ -90,26 +116,57 @@ class Totals(typing.NamedTuple):
     constant: float
 
 
-def per_call(n: int, calls: int, batch: Totals) -> tuple[float, float]:
-    """Mean over the n tokens of a call, the calls of its rollout, and all calls; KL without the second (paper)."""
-    return 1 / (n * calls * batch.calls), 1 / (n * batch.calls)
+def per_call(own: Sizes, batch: Totals) -> tuple[float, float]:
+    """Mean over the tokens of a call, the calls of its rollout, and all calls; KL without the second (paper)."""
+    return 1 / (own.tokens * own.calls * batch.calls), 1 / (own.tokens * batch.calls)
 
 
-def per_token(n: int, calls: int, batch: Totals) -> tuple[float, float]:
+def per_token(own: Sizes, batch: Totals) -> tuple[float, float]:
     """Mean over all tokens (DAPO, arXiv 2503.14476)."""
     return 1 / batch.tokens, 1 / batch.tokens
 
 
-def per_rollout(n: int, calls: int, batch: Totals) -> tuple[float, float]:
+def per_rollout(own: Sizes, batch: Totals) -> tuple[float, float]:
     """Sum over the tokens of a rollout / a constant, mean over rollouts (Dr.GRPO)."""
     weight = 1 / (batch.constant * batch.rollouts)
     return weight, weight
 
 
-AGGREGATES: dict[str, Callable[[int, int, Totals], tuple[float, float]]] = {
+def per_thread(own: Sizes, batch: Totals) -> tuple[float, float]:
+    """Mean over the tokens of a thread, the threads of its rollout, and rollouts (WideSeek-R1, arXiv 2602.04634)."""
+    weight = 1 / (own.thread * own.threads * batch.rollouts)
+    return weight, weight
+
+
+AGGREGATES: dict[str, Callable[[Sizes, Totals], tuple[float, float]]] = {
     "call": per_call,
     "token": per_token,
     "rollout": per_rollout,
+    "thread": per_thread,
+}
+
+# ------------------------------------------------------------------- weight of the structure bonus at a step (from 1)
+
+
+def always(step: int, steps: int, share: float) -> float:
+    """1 at every step."""
+    return 1.0
+
+
+def alternate(step: int, steps: int, share: float) -> float:
+    """1 in a `share` of the steps, evenly spread, else 0: 0.2 is every fifth (Parallel-R1, arXiv 2509.07980)."""
+    return float(math.floor(step * share) > math.floor((step - 1) * share))
+
+
+def anneal(step: int, steps: int, share: float) -> float:
+    """From 1 in a straight line to 0 over the first `share` of the steps, then 0 (PARL, Kimi K2.5)."""
+    return max(0.0, 1 - (step - 1) / (share * steps))
+
+
+SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
+    "always": always,
+    "alternate": alternate,
+    "anneal": anneal,
 }
 
 
@@ -128,6 +185,10 @@ class GrpoConfig(Checked):
     clip_high: Annotated[float, at_least(0)]
     kl_estimator: Annotated[str, one_of(*ESTIMATORS)]
     kl_weight: Annotated[float, at_least(0)]
+    loss: Annotated[str, one_of("clip", "apa")]
+    apa_lambda: Annotated[float, above(0)]  # with "apa": how far an advantage of 1 moves a log-prob
+    reference: Annotated[str, one_of("start", "flat")]  # "flat": the policy, once the reward no longer rises
+    credit: Annotated[str, one_of(*CREDITS)]
     aggregate: Annotated[str, one_of(*AGGREGATES)]
     rollout_constant: Annotated[float, above(0)]  # ids that "rollout" divides by
     old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
@@ -138,11 +199,23 @@ class GrpoConfig(Checked):
     thread_penalty: Annotated[float, at_least(0)]
     token_penalty: Annotated[float, at_least(0)]
     token_budget: Annotated[float, at_least(0)]
+    concurrency: Annotated[float, at_least(0)]
+    concurrency_cap: Annotated[float, at_least(1)]  # active workers
+    structure: Annotated[float, at_least(0)]
+    structure_schedule: Annotated[str, one_of(*SCHEDULES)]
+    structure_share: Annotated[float, above(0), within(0, 1)]  # of the steps
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+        return self.kl_weight > 0 or self.loss == "apa"
 
     def check(self) -> None:
-        """Checks the importance weights."""
+        """Checks the importance weights and the reference."""
         ours = not self.tis_cap or self.old_logp == "trainer"
         require(ours, "grpo.tis_cap corrects the trainer's log-probs: set grpo.old_logp='trainer'")
+        read = self.reference == "start" or self.compares
+        require(read, "grpo.reference='flat' changes nothing where grpo.kl_weight=0: set grpo.loss='apa', or a weight")
 
 
 # ------------------------------------------------------------------- reward
@@ -154,33 +227,67 @@ def acceleration(costs: dict[str, float], config: GrpoConfig) -> float:
     return config.acceleration * min(saved, config.acceleration_cap)
 
 
+def concurrency(costs: dict[str, float], config: GrpoConfig) -> float:
+    """Bonus of a correct rollout for the mean number of active workers over the critical path, up to a cap.
+
+    min(total / sequential tokens, cap) / cap, in (0, 1] (AsyncThink, arXiv 2510.26658: the threshold tau is the cap;
+    their pool has a fixed size, ours has none).
+    """
+    workers = costs["total_tokens"] / max(costs["sequential_tokens"], 1)
+    return config.concurrency * min(workers / config.concurrency_cap, 1.0)
+
+
+def structure(costs: dict[str, float], config: GrpoConfig, step: int) -> float:
+    """Bonus for having spawned at all, right or wrong, weighted by the schedule (PARL's r_parallel)."""
+    weight = SCHEDULES[config.structure_schedule](step, config.steps, config.structure_share)
+    return config.structure * weight * (costs["children"] > 0)
+
+
 def penalties(costs: dict[str, float], config: GrpoConfig) -> tuple[float, float]:
     """`thread_penalty` per child, and `token_penalty` per sampled token beyond `token_budget`."""
     beyond = max(0.0, costs["total_tokens"] - config.token_budget)
     return config.thread_penalty * costs["children"], config.token_penalty * beyond
 
 
-def reward(rollout: Rollout, config: GrpoConfig) -> float:
-    """1 and the bonus if correct, minus the penalties in any case."""
+def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
+    """1 and the bonuses of a correct rollout if it is; plus structure and minus the penalties in any case."""
     costs = records.metrics(rollout)
     threads, tokens = penalties(costs, config)
-    return float(rollout.grade.correct) * (1 + acceleration(costs, config)) - threads - tokens
+    bonus = acceleration(costs, config) + concurrency(costs, config)
+    return float(rollout.grade.correct) * (1 + bonus) + structure(costs, config, step) - threads - tokens
 
 
 # ------------------------------------------------------------------- loss
 
 
+def clip(logp: Array, batch: TokenBatch, config: GrpoConfig) -> tuple[Array, Array]:
+    """The clipped objective of the module header, and whether it is clipped, per token [R, T]."""
+    ratio = jnp.exp(jnp.where(batch.sampled, logp - batch.old_logp, 0.0))
+    clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    return policy, clipped * batch.advantage < ratio * batch.advantage
+
+
+def apa(logp: Array, batch: TokenBatch, config: GrpoConfig) -> tuple[Array, Array]:
+    """(log pi - lambda A - log pi_ref)^2 per token [R, T], never clipped (APA; Stream of Search, arXiv 2404.03683).
+
+    Its advantage comes from a value head, ours from the group. It has no other penalty: kl_weight = 0 is theirs.
+    """
+    aim = config.apa_lambda * batch.advantage + batch.ref_logp
+    return jnp.where(batch.sampled, logp - aim, 0.0) ** 2, jnp.zeros_like(batch.sampled)
+
+
+LOSSES: dict[str, Callable[[Array, TokenBatch, GrpoConfig], tuple[Array, Array]]] = {"clip": clip, "apa": apa}
+
+
 def grpo_loss(config: GrpoConfig) -> LossFn:
-    """The clipped objective with a penalty towards the reference (module header), per token [R, T]."""
+    """The loss that the config names, with a penalty towards the reference (module header), per token [R, T]."""
 
     def loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
         """Loss and metrics of every token, each [R, T]."""
-        ratio = jnp.exp(jnp.where(batch.sampled, out.logp - batch.old_logp, 0.0))
-        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-        policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        policy, clipped = LOSSES[config.loss](out.logp, batch, config)
         kl = ESTIMATORS[config.kl_estimator](jnp.where(batch.sampled, batch.ref_logp - out.logp, 0.0))
-        active = (clipped * batch.advantage < ratio * batch.advantage) & batch.sampled
-        metrics = {"clipped": active.astype(jnp.float32), "kl": kl * batch.sampled}
+        metrics = {"clipped": (clipped & batch.sampled).astype(jnp.float32), "kl": kl * batch.sampled}
         return batch.weight * policy + config.kl_weight * batch.kl_weight * kl, metrics
 
     return loss

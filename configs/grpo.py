@@ -67,6 +67,15 @@ SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
     thread_penalty=0.0,  # per child thread
     token_penalty=0.0,  # per sampled token beyond token_budget
     token_budget=4096.0,
+    concurrency=0.0,  # bonus for mean active workers, up to concurrency_cap of them, if correct (AsyncThink)
+    concurrency_cap=2.0,
+    structure=0.0,  # bonus for having spawned at all
+    structure_schedule="always",  # in a share of the steps "alternate" (Parallel-R1), or "anneal" over them (PARL)
+    structure_share=0.2,
+    loss="clip",  # or "apa" (Stream of Search; kl_weight=0 with it)
+    apa_lambda=0.5,  # how far an advantage of 1 moves a log-prob
+    reference="start",  # or "flat": the policy, once the reward of eval_every steps no longer rises
+    credit="all",  # threads that are trained on; "parent" freezes children (PARL)
 )
 
 
@@ -84,7 +93,7 @@ def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], budget: 
         suffix=suffix,  # of runs of this preset
         seed=0,
         # steps; problems per step; rollouts per problem (the group); inner updates per step; temperature of the policy;
-        # aggregate "call" (paper), "token" or "rollout"; dead_groups (of equal rewards) "keep", "drop" or "refill"
+        # aggregate "call" (paper), "token", "rollout" or "thread"; dead_groups (of equal rewards) "keep", "drop" or "refill"
         grpo=dict(**p["grpo"], **SWITCHES),
         optimizer=dict(  # its steps are grpo.steps x grpo.updates
             matrices="adam",

@@ -7,6 +7,7 @@ A workdir holds
     events.out.*     the same numbers for TensorBoard
     checkpoints/     the last two full states (parameters, optimizer, data cursor): a killed run resumes from them
     best/            the parameters with the best validation accuracy so far: evaluation and GRPO start from them
+    reference/       the policies that became the reference of GRPO, if any did (`harness.reference`)
     failed/          parameters and batch of the step that stopped the run, if one did (`harness.replay`)
 
 A directory that holds a run of another configuration, or that another process writes to, is refused and never

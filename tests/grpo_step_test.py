@@ -11,6 +11,7 @@ import pytest
 
 import grpo
 from harness.build import build
+from harness.reference import Reference
 from harness.rollouts import RolloutPool
 from objective import GrpoConfig
 from packing import TokenBatch
@@ -80,8 +81,8 @@ def test_dropped_groups_leave_the_weights_to_those_with_a_signal(compilation_cac
 def test_a_step_without_any_signal_changes_nothing_and_moves_on(compilation_cache):
     trainer, batches, (state, values) = stepped(lambda *_: True, grpo__dead_groups="drop")
     assert batches == [] and int(state.step) == 0 and "loss" not in values
-    assert trainer.cursor() == 3 and "no group with a signal" in trainer.line(values)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), trainer.reference)
+    assert trainer.cursor()["problem"] == 3 and "no group with a signal" in trainer.line(values)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), trainer.reference.params)
 
 
 def test_two_inner_updates_train_twice_on_the_same_batch(compilation_cache):
@@ -123,17 +124,31 @@ def test_without_a_kl_term_the_reference_is_never_scored(compilation_cache, monk
 def test_the_reference_stays_the_start(compilation_cache):
     """In the second step the policy has moved, and the penalty still pulls towards where it came from."""
     trainer, batches, (state, _) = stepped(first_is_right, optimizer__learning_rate=1e-2)
-    start, moved = jax.device_get((trainer.reference, state.params))  # the state is donated to the step
+    start, moved = jax.device_get((trainer.reference.params, state.params))  # the state is donated to the step
     trainer.step(state, 2)
     batch = batches[1]
     np.testing.assert_array_equal(batch.ref_logp, trainer.score(start, batch))
     assert np.abs(batch.ref_logp - np.asarray(trainer.score(moved, batch)))[batch.sampled].max() > 1e-3
 
 
+def test_a_flat_reward_makes_the_policy_the_reference(compilation_cache, tmp_path):
+    """Two stretches of one step with equal rewards: from the third step on the reference is the policy after two."""
+    trainer, batches, (state, _) = stepped(
+        first_is_right, grpo__reference="flat", grpo__loss="apa", grpo__kl_weight=0.0, optimizer__learning_rate=1e-2
+    )
+    start = trainer.reference = Reference(trainer.reference.params, tmp_path / "reference")
+    start.note(1, 0.5, state.params, True)
+    state, values = trainer.step(state, 2)
+    assert values["reference_step"] == 2 and trainer.cursor()["reference"] == {"step": 2, "before": None, "rewards": []}
+    after = jax.device_get(state.params)
+    trainer.step(state, 3)
+    np.testing.assert_array_equal(batches[2].ref_logp, trainer.score(after, batches[2]))
+
+
 def test_the_clipped_share_is_of_the_tokens_whose_ratio_leaves_the_range(compilation_cache):
     """Rollouts of a policy that gave every id far less: all ratios are above 1.2, which clips the gains alone."""
     trainer, (batch,), (_, values) = stepped(first_is_right, grpo__clip_low=0.2, grpo__clip_high=0.2)
-    ratio = np.exp(np.asarray(trainer.score(trainer.reference, batch)) - batch.old_logp)
+    ratio = np.exp(np.asarray(trainer.score(trainer.reference.params, batch)) - batch.old_logp)
     above, below = (ratio > 1.2) & (batch.advantage > 0), (ratio < 0.8) & (batch.advantage < 0)
     assert values["clip_share"] == pytest.approx((batch.sampled & (above | below)).sum() / batch.sampled.sum(), abs=0.01)
     assert 0.05 < values["clip_share"] < 0.95
@@ -145,7 +160,7 @@ def test_the_loss_is_that_of_the_policys_temperature(compilation_cache):
     for temperature in (1.0, 0.5):
         trainer, (batch,), (_, values) = stepped(first_is_right, grpo__temperature=temperature)
         assert trainer.config == GrpoConfig(**dict(trainer.parts.config.grpo))
-        spread = np.asarray(trainer.score(trainer.reference, batch))[batch.sampled]
+        spread = np.asarray(trainer.score(trainer.reference.params, batch))[batch.sampled]
         gaps.append(spread.std())
     assert gaps[1] > 1.5 * gaps[0]
 

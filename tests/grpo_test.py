@@ -25,7 +25,7 @@ def rollout(correct: bool = True, children: int = 2) -> Rollout:
     """A parent of calls with 4 and 2 sampled ids around one spawn; children of 3, 5, ... ids."""
     calls = [Call(0, [9, 9], [1, 2, 3, 4], [0.0] * 4, SPAWN), Call(3, [9], [5, 6], [0.0] * 2, END)]
     spawned = [Thread((0, i), [Call(0, [9], [7] * (3 + 2 * i), [0.0] * (3 + 2 * i), END)]) for i in range(children)]
-    return Rollout("p", Thread((), calls, [spawned]), Grade(correct, "" if correct else "wrong"))
+    return Rollout("p", Thread((), calls, [spawned] if children else []), Grade(correct, "" if correct else "wrong"))
 
 
 def batch(advantage, old_logp, ref_logp=None, sampled=None, weight=None) -> TokenBatch:
@@ -50,20 +50,46 @@ def loss(logp, tokens: TokenBatch, **changes) -> jax.Array:
 
 
 def test_reward_is_correctness_and_shaping_is_gated_by_it():
-    assert grpo_objective.reward(rollout(), config()) == 1 and grpo_objective.reward(rollout(False), config()) == 0
+    assert grpo_objective.reward(rollout(), config(), 1) == 1 and grpo_objective.reward(rollout(False), config(), 1) == 0
     # Total 6 + 3 + 5 = 14 tokens, sequential 6 + 5 = 11: a share of 3/14 is saved, more than the cap of 0.2.
     bonus = config(acceleration=0.5)
-    assert grpo_objective.reward(rollout(), bonus) == pytest.approx(1.1)
-    assert grpo_objective.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0)) == pytest.approx(1 + 0.5 * 3 / 14)
-    assert grpo_objective.reward(rollout(False), bonus) == 0
+    assert grpo_objective.reward(rollout(), bonus, 1) == pytest.approx(1.1)
+    assert grpo_objective.reward(rollout(), config(acceleration=0.5, acceleration_cap=1.0), 1) == pytest.approx(1 + 0.5 * 3 / 14)
+    assert grpo_objective.reward(rollout(False), bonus, 1) == 0
 
 
 def test_penalties_count_threads_and_tokens_past_the_budget():
-    assert grpo_objective.reward(rollout(), config(thread_penalty=0.1)) == pytest.approx(0.8)
+    assert grpo_objective.reward(rollout(), config(thread_penalty=0.1), 1) == pytest.approx(0.8)
     penalty = config(token_penalty=0.01, token_budget=10.0)
-    assert grpo_objective.reward(rollout(), penalty) == pytest.approx(0.96)
-    assert grpo_objective.reward(rollout(False), penalty) == pytest.approx(-0.04)
-    assert grpo_objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0)) == 1
+    assert grpo_objective.reward(rollout(), penalty, 1) == pytest.approx(0.96)
+    assert grpo_objective.reward(rollout(False), penalty, 1) == pytest.approx(-0.04)
+    assert grpo_objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0), 1) == 1
+
+
+def test_concurrency_is_the_mean_number_of_workers_up_to_its_cap():
+    # 14 tokens over a critical path of 11; alone 6 over 6. The cap is where the whole bonus is earned.
+    assert grpo_objective.reward(rollout(), config(concurrency=0.5), 1) == pytest.approx(1 + 0.5 * 14 / 11 / 2)
+    assert grpo_objective.reward(rollout(children=0), config(concurrency=0.5), 1) == pytest.approx(1.25)
+    assert grpo_objective.reward(rollout(), config(concurrency=0.5, concurrency_cap=1.2), 1) == pytest.approx(1.5)
+    assert grpo_objective.reward(rollout(False), config(concurrency=0.5), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "expected"),
+    [
+        ("always", 0.2, [1] * 10),
+        ("alternate", 0.2, [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]),
+        ("alternate", 0.5, [0, 1] * 5),
+        ("anneal", 0.4, [1, 0.75, 0.5, 0.25, 0, 0, 0, 0, 0, 0]),
+        ("anneal", 1.0, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    ],
+)
+def test_the_structure_bonus_follows_its_schedule(schedule, share, expected):
+    switches = config(steps=10, structure=0.3, structure_schedule=schedule, structure_share=share)
+    rewards = [grpo_objective.reward(rollout(False), switches, step) for step in range(1, 11)]
+    np.testing.assert_allclose(rewards, 0.3 * np.asarray(expected), atol=1e-12)
+    assert grpo_objective.reward(rollout(), switches, 10) == pytest.approx(1 + 0.3 * expected[9])
+    assert not any(grpo_objective.reward(rollout(False, children=0), switches, step) for step in range(1, 11))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +114,9 @@ def test_a_group_of_equal_rewards_contributes_nothing_even_when_rounding_would(k
 # ---------------------------------------------------------------- weights
 
 
-def sums(rollouts, aggregate, constant=1.0):
+def sums(rollouts, aggregate, constant=1.0, credit="all"):
     """Per rollout the weights of its calls' tokens, by number of sampled ids, as they are attached to segments."""
-    switches = config(aggregate=aggregate, rollout_constant=constant)
+    switches = config(aggregate=aggregate, rollout_constant=constant, credit=credit)
     collected = grpo.Collected([rollouts], np.ones((1, len(rollouts))), np.ones((1, len(rollouts))))
     pieces = grpo.make_segments(collected, switches, 1000)
     result = []
@@ -119,10 +145,32 @@ def test_weights_per_token_and_per_rollout():
         assert all(pair == pytest.approx([expected, expected]) for _, *pair in first + second)
 
 
+def test_weights_per_thread_give_every_thread_of_a_rollout_the_same():
+    # Rollout 1 has threads of 6, 3 and 5 ids (the first in calls of 4 and 2), rollout 2 one of 6.
+    first, second = sums([rollout(), rollout(children=0)], "thread")
+    expected = [(2, 1 / 36), (3, 1 / 18), (4, 1 / 36), (5, 1 / 30)]
+    assert first == [(n, pytest.approx(weight), pytest.approx(weight)) for n, weight in expected]
+    assert second == [(n, pytest.approx(1 / 12), pytest.approx(1 / 12)) for n in (2, 4)]
+    assert sum(n * weight for n, weight, _ in first) == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "expected"),
+    [("call", (1 / (2 * 2 * 4), 1 / (4 * 2 * 4))), ("token", (1 / 12, 1 / 12)), ("thread", (1 / 12, 1 / 12))],
+)
+def test_the_parent_alone_is_weighed_as_if_there_were_no_children(aggregate, expected):
+    # Two parents of calls with 4 and 2 ids: four calls, 12 tokens, two threads.
+    for calls in sums([rollout(), rollout(children=0)], aggregate, credit="parent"):
+        assert [(n, weight) for n, weight, _ in calls] == [(2, pytest.approx(expected[0])), (4, pytest.approx(expected[1]))]
+
+
 def test_calls_without_ids_weigh_nothing():
     empty = rollout(children=0)
     empty.root.calls[1].sampled = []
     assert sums([empty], "call") == [[(4, pytest.approx(1 / 4), pytest.approx(1 / 4))]]
+    unborn = rollout(children=1)
+    unborn.root.spawns[0][0].calls[0].sampled = []
+    assert sums([unborn], "thread") == [[(n, pytest.approx(1 / 6), pytest.approx(1 / 6)) for n in (2, 4)]]
 
 
 # ---------------------------------------------------------------- loss
@@ -134,6 +182,17 @@ def test_clipped_objective_by_hand():
     np.testing.assert_allclose(loss(ratio, tokens, kl_weight=0.0), [-1.2, 1.5, -0.5, 0.8], rtol=1e-6)
     higher = loss(ratio, tokens, kl_weight=0.0, clip_high=0.28, clip_low=0.1)
     np.testing.assert_allclose(higher, [-1.28, 1.5, -0.5, 0.9], rtol=1e-6)
+
+
+def test_apa_by_hand():
+    """log pi -2, -1, -3; aims -1.5 + 0.5 * 2, -1.5 - 0.5, -3 + 0: squares of -1.5, 1 and 0."""
+    tokens = batch([2.0, -1.0, 0.0], [-7.0] * 3, ref_logp=[-1.5, -1.5, -3.0])
+    found = loss([-2.0, -1.0, -3.0], tokens, loss="apa", kl_weight=0.0)
+    np.testing.assert_allclose(found, [2.25, 1.0, 0.0], rtol=1e-6)
+    wider = loss([-2.0, -1.0, -3.0], tokens, loss="apa", apa_lambda=1.0, kl_weight=0.0)
+    np.testing.assert_allclose(wider, [6.25, 2.25, 0.0], rtol=1e-6)
+    other = batch([0.0, 1.0], [0.0] * 2, ref_logp=[9.0, 0.0], sampled=[False, True], weight=[0.0, 1.0])
+    np.testing.assert_allclose(loss([3.0, 0.5], other, loss="apa", kl_weight=0.0), [0, 0])
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", -0.5), ("k2", 0.125), ("k3", np.exp(0.5) - 1.5)])
@@ -214,6 +273,14 @@ def test_a_two_armed_policy_learns_the_better_arm():
         {"temperature": 0.0},
         {"tis_cap": -1.0},
         {"tis_cap": 2.0},
+        {"loss": "ppo"},
+        {"apa_lambda": 0.0},
+        {"credit": "children"},
+        {"concurrency_cap": 0.5},
+        {"structure_schedule": "once"},
+        {"structure_share": 0.0},
+        {"structure_share": 1.5},
+        {"reference": "flat", "kl_weight": 0.0},
     ],
 )
 def test_a_bad_switch_is_named(change):

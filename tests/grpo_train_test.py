@@ -70,7 +70,7 @@ def sampled_group(experiment: Parts, seed: int) -> list[Rollout]:
 def collected(experiment: Parts) -> grpo.Collected:
     groups = [sampled_group(experiment, seed) for seed in range(GROUPS)]
     switches = GrpoConfig(**experiment.config.grpo)
-    rewards = np.asarray([[objective.reward(r, switches) for r in group] for group in groups])
+    rewards = np.asarray([[objective.reward(r, switches, 1) for r in group] for group in groups])
     rewards[0, 0] += 0.5  # groups differ
     return grpo.Collected(groups, rewards, objective.ADVANTAGES[switches.advantage](rewards))
 
@@ -239,9 +239,14 @@ def log(path: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "milliseconds"} for line in lines]
 
 
-@pytest.mark.parametrize("fatal", [1, 4])
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkeypatch, compilation_cache):
-    config = rl_config(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
+@pytest.mark.parametrize(
+    ("fatal", "changes"),
+    [(1, {}), (4, {}), (4, dict(train__eval_every=1, grpo__loss="apa", grpo__reference="flat", grpo__kl_weight=0.0))],
+    ids=["start", "late", "apa"],
+)
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, changes, tmp_path, monkeypatch, compilation_cache):
+    penalised = dict(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
+    config = rl_config(**{**penalised, **changes})
     config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
     reference = jax.device_get(
         state_from_key(build(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
@@ -260,7 +265,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, tmp_path, monkey
             grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "killed", config), reference)
     grpo.train(RolloutPool(build(config)), Workdir(tmp_path / "killed", config), reference)
     (state, extra), (expected, expected_extra) = (final(tmp_path / name, config) for name in ("killed", "whole"))
-    assert extra == expected_extra and extra["step"] == 4 and extra["cursor"] == 16
+    assert extra == expected_extra and extra["step"] == 4 and extra["cursor"]["problem"] == 16
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
     moved = jax.tree.map(lambda a, b: np.abs(a - np.asarray(b)).max(), reference, state.params)

@@ -25,8 +25,8 @@ def test_a_thousand_steps_leave_memory_and_compiled_functions_as_they_are(compil
     config = rl_config(grpo__steps=STEPS, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     pool = RolloutPool(build(config))
     trainer = grpo.Trainer(pool, init_params(pool.parts.model, jax.random.key(0)))
-    state = state_from_params(pool.parts.optimizer, pool.parts.mesh, trainer.reference)
-    trainer.reference = jax.tree.map(lambda leaf: leaf.copy(), state.params)
+    state = state_from_params(pool.parts.optimizer, pool.parts.mesh, trainer.reference.params)
+    trainer.reference.params = jax.tree.map(lambda leaf: leaf.copy(), state.params)
     compiled: list[int] = []
     seconds: list[float] = []
     memory: list[int] = []
