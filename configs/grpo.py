@@ -93,7 +93,8 @@ def overlay(suffix: str, p: dict[str, Any], evaluation: dict[str, Any], budget: 
         suffix=suffix,  # of runs of this preset
         seed=0,
         # steps; problems per step; rollouts per problem (the group); inner updates per step; temperature of the policy;
-        # aggregate "call" (paper), "token", "rollout" or "thread"; dead_groups (of equal rewards) "keep", "drop" or "refill"
+        # aggregate "call" (paper), "token", "rollout" or "thread"; dead_groups (of equal rewards) "keep", "drop" or
+        # "refill"
         grpo=dict(**p["grpo"], **SWITCHES),
         optimizer=dict(  # its steps are grpo.steps x grpo.updates
             matrices="adam",

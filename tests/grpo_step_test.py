@@ -136,8 +136,8 @@ def test_a_flat_reward_makes_the_policy_the_reference(compilation_cache, tmp_pat
     trainer, batches, (state, _) = stepped(
         first_is_right, grpo__reference="flat", grpo__loss="apa", grpo__kl_weight=0.0, optimizer__learning_rate=1e-2
     )
-    start = trainer.reference = Reference(trainer.reference.params, tmp_path / "reference")
-    start.note(1, 0.5, state.params, True)
+    trainer.reference = Reference(trainer.reference.params, tmp_path / "reference")
+    trainer.reference.note(1, 0.5, state.params, True)
     state, values = trainer.step(state, 2)
     assert values["reference_step"] == 2 and trainer.cursor()["reference"] == {"step": 2, "before": None, "rewards": []}
     after = jax.device_get(state.params)
