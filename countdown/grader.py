@@ -49,27 +49,35 @@ def _step_error(a: int, sign: str, b: int, result: int) -> str:
     return "" if exact == result else "wrong arithmetic"
 
 
+def replay(problem: Problem, steps: Sequence[str]) -> tuple[list[int], str]:
+    """The numbers left after steps such as "53-31=22", and what is wrong with the first wrong step ("" if none is)."""
+    available = list(problem.numbers)
+    for step in steps:
+        match = _STEP.fullmatch(step)
+        if not match:
+            return available, f"malformed step: {short(step)}"
+        a, sign, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in available:
+                return available, f"{short(operand)} is not available"
+            available.remove(operand)
+        if error := _step_error(a, sign, b, result):
+            return available, f"{error}: {short(step)}"
+        available.append(result)
+    return available, ""
+
+
 def grade_steps(problem: Problem, steps: Sequence[str]) -> Grade:
     """Grades steps such as "53-31=22".
 
     Every step must be exact, every number must be used exactly once, and the last result must be the target.
     """
     answer = tuple(steps)
-    available = list(problem.numbers)
     if not answer:
         return Grade(False, "no answer", answer)
-    for step in answer:
-        match = _STEP.fullmatch(step)
-        if not match:
-            return Grade(False, f"malformed step: {short(step)}", answer)
-        a, sign, b, result = int(match[1]), match[2], int(match[3]), int(match[4])
-        for operand in (a, b):
-            if operand not in available:
-                return Grade(False, f"{short(operand)} is not available", answer)
-            available.remove(operand)
-        if error := _step_error(a, sign, b, result):
-            return Grade(False, f"{error}: {short(step)}", answer)
-        available.append(result)
+    available, error = replay(problem, answer)
+    if error:
+        return Grade(False, error, answer)
     if len(available) > 1:
         return Grade(False, f"unused number {short(available[0])}", answer)
     if available[0] != problem.target:
