@@ -202,12 +202,16 @@ def test_forked_rows_go_on_as_a_fresh_prefill_would_and_feed_nothing_again():
     fresh.prefill([PrefillRequest(row, 0, ids, (row, 9), len(lines[plan[row]]), 12) for row, ids in starts.items()])
     assert fresh.drain() == {row: completion.ids for row, completion in drawn.items()}
     assert drawn[2].ids != drawn[7].ids  # copies of one row with keys of their own
-    for row, completion in drawn.items():
-        ids = np.asarray([starts[row] + completion.ids])
-        logits, _ = parts.model.apply(
-            {"params": params}, ids, np.arange(ids.shape[1])[None], np.full_like(ids, ids.size)
-        )
-        expected = token_logprobs(logits, ids)[0, len(starts[row]) :]
+    ids_RT = reward.padded([starts[row] + completion.ids for row, completion in drawn.items()], len(drawn))
+    positions_RT, until_RT = (
+        np.broadcast_to(np.arange(ids_RT.shape[1]), ids_RT.shape),
+        np.full_like(ids_RT, ids_RT.shape[1]),
+    )
+    logits, _ = jax.jit(parts.model.apply)({"params": params}, ids_RT, positions_RT, until_RT)
+    expected_RT = jax.jit(token_logprobs)(logits, ids_RT)
+    for (row, completion), expected_T in zip(drawn.items(), expected_RT, strict=True):
+        first = len(starts[row])
+        expected = expected_T[first : first + len(completion.ids)]
         np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
 
 
