@@ -194,6 +194,7 @@ class GrpoConfig(Checked):
     old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
     tis_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
     dead_groups: Annotated[str, one_of("keep", "drop", "refill")]  # groups of equal rewards
+    format_reward: Annotated[float, at_least(0)]
     acceleration: Annotated[float, at_least(0)]
     acceleration_cap: Annotated[float, at_least(0)]
     thread_penalty: Annotated[float, at_least(0)]
@@ -250,11 +251,12 @@ def penalties(costs: dict[str, float], config: GrpoConfig) -> tuple[float, float
 
 
 def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
-    """1 and the bonuses of a correct rollout if it is; plus structure and minus the penalties in any case."""
-    costs = records.metrics(rollout)
+    """1 and the bonuses of a correct rollout, `format_reward` of a wrong answer; plus structure, minus the penalties."""
+    costs, grade = records.metrics(rollout), rollout.grade
     threads, tokens = penalties(costs, config)
-    bonus = acceleration(costs, config) + concurrency(costs, config)
-    return float(rollout.grade.correct) * (1 + bonus) + structure(costs, config, step) - threads - tokens
+    right = 1 + acceleration(costs, config) + concurrency(costs, config)
+    earned = right if grade.correct else config.format_reward * bool(grade.answer)
+    return earned + structure(costs, config, step) - threads - tokens
 
 
 # ------------------------------------------------------------------- loss

@@ -62,6 +62,7 @@ SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
     rollout_constant=512.0,  # ids that the aggregate "rollout" divides by
     old_logp="sampler",  # or "trainer": whose log-probs the ratio compares with
     tis_cap=0.0,  # with "trainer": weights min(trainer / sampler, cap); 0 is off
+    format_reward=0.0,  # of a wrong answer that can be read (TinyZero: 0.1)
     acceleration=0.0,  # bonus for parallelism, if correct (ThreadWeaver: 0.5)
     acceleration_cap=0.2,
     thread_penalty=0.0,  # per child thread

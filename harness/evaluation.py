@@ -92,12 +92,15 @@ def failures(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[list[str], dict
 
 
 def validate(pool: RolloutPool, params: typing.Any) -> dict[str, float]:
-    """Solves the validation problems: accuracy with its interval, children per problem, share of each kind of fault."""
+    """Solves the validation problems: accuracy with its interval, children, share of each kind of fault, habits."""
     rollouts = pool.solve(params, pool.parts.validation_set())
     accuracy, low, high = stats.mean_with_interval([float(rollout.grade.correct) for rollout in rollouts])
     children = sum(len(rollout.threads()) - 1 for rollout in rollouts) / len(rollouts)
     shares = {f"failed_{kind}": share for kind, share in failures(pool.parts, rollouts)[1].items()}
-    return {"accuracy": accuracy, "low": low, "high": high, "children": children, **shares}
+    count = part(pool.parts.config.task, "habits")
+    counts = [count(rollout, pool.parts.domain.language) for rollout in rollouts]
+    means = {f"habit_{name}": sum(each[name] for each in counts) / len(counts) for name in counts[0]}
+    return {"accuracy": accuracy, "low": low, "high": high, "children": children, **shares, **means}
 
 
 def warm_up(pool: RolloutPool, params: typing.Any, problems: Sequence[typing.Any]) -> None:

@@ -2,8 +2,8 @@
 
 To add a task, write a `protocols.Task` and a `protocols.Domain`, and enter the domain in `TASKS`.
 
-An entry names its parts as MODULE:NAME, so that a run imports its own task alone. Two parts are hooks of
-`analysis/`, the only way from here into it: what explains a failed rollout, and what draws its search.
+An entry names its parts as MODULE:NAME, so that a run imports its own task alone. All but the domain are hooks, and
+the only way from here into `analysis/`: what explains a failed rollout, draws its search, or counts its habits.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ class Entry(typing.NamedTuple):
     domain: str  # a subclass of `Domain`
     explain: str = "harness.tasks:stop_reason"  # (rollout, language) -> kind of failure, "" for a correct rollout
     states: str = "harness.tasks:no_states"  # (rollout, lanes, language) -> search tree that the viewer draws
+    habits: str = "harness.tasks:no_habits"  # (rollout, language) -> counts whose means validation logs
 
 
 TASKS = {
     "countdown": Entry("countdown.domain:CountdownDomain", "analysis.verifier:failure", "analysis.tree:search_tree"),
     "products": Entry("examples.products:ProductsDomain"),
+    "zero": Entry("baselines.zero:ZeroDomain", "baselines.zero:failure", habits="baselines.zero:habits"),
 }
 
 
 def part(task: str, name: str) -> typing.Any:
-    """What the entry of a task names as its "domain", "explain" or "states". Raises ValueError on an unknown task."""
+    """What the entry of a task names as one of its parts. Raises ValueError on an unknown task."""
     require(task in TASKS, f"task={task!r} must be one of {', '.join(TASKS)}")
     module, attribute = getattr(TASKS[task], name).split(":")
     return getattr(importlib.import_module(module), attribute)
@@ -40,6 +42,11 @@ def part(task: str, name: str) -> typing.Any:
 def no_states(*_: typing.Any) -> tuple:
     """The states of a task without a search tree."""
     return ()
+
+
+def no_habits(*_: typing.Any) -> dict[str, float]:
+    """The habits of a task that counts none."""
+    return {}
 
 
 def stop_reason(rollout: Rollout, _: Language) -> str:
