@@ -322,14 +322,18 @@ def get_config(preset: str = "countdown-64") -> ConfigDict:
     if preset == "grpo":
         rl = dict(
             grpo=dict(
-                temperature=1.0, aggregate="token", dead_groups="drop", steps=200, problems=16, rollouts=8, updates=1
+                temperature=1.0, aggregate="token", dead_groups="drop", steps=200, problems=32, rollouts=8, updates=1
             ),
-            optimizer=dict(learning_rate=5e-4),
-            train=dict(eval_every=20, eval_problems=200),
+            optimizer=dict(learning_rate=3e-4),
+            train=dict(micro_rows=64, eval_every=20, eval_problems=200),  # few sizes to compile
             sampler=dict(rows=128, temperature=1.0),
         )
         config = overlay("", rl, evaluation, {})
         config.grpo.format_reward, config.limits.thread_tokens = 0.1, CAP
+        # Divided by their spread, groups without a right answer would teach the form as loudly as others the search.
+        config.grpo.advantage, config.grpo.kl_weight = "mean", 0.0
+        # Adam's first steps are as long as its rate, whatever the gradient.
+        config.optimizer.warmup_steps = 10
         return config
     kind, _, width = preset.partition("-")
     known = kind in PROBLEMS and width in ("16", "32", "64", "128")

@@ -47,6 +47,7 @@ CASES = (
     ("2*5*7", "wrong_value"),
     ("7/(5-5)", "wrong_value"),  # it cannot be evaluated, whatever its numbers
     ("5*2+5+2", "wrong_numbers"),  # a number used twice, another not at all
+    ("5*2+7+7-7", "wrong_numbers"),  # every number, one of them three times
     ("17", "wrong_numbers"),
     ("7+5+5", "wrong_numbers"),
     ("2+5", "wrong_numbers"),
