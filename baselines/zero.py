@@ -1,4 +1,4 @@
-"""RL without demonstrations: a model that has only read arithmetic learns to search and to check from the reward.
+"""RL without demonstrations: from a model that has only read arithmetic, with nothing but the reward.
 
     python sft.py --config=baselines/zero.py:countdown-64             # the base model: reads arithmetic, solves nothing
     python grpo.py --config=baselines/zero.py:grpo --init=runs/zero-countdown-64          # and the reward alone
@@ -27,7 +27,9 @@ No text shows how to solve a problem: to go on after "no", to stop after "yes" a
 Deviations from TinyZero: GRPO, not PPO with a critic; a base model from scratch, not a language model; an answer
 needs the right form to earn 0.1; and a parser grades it (`value_of`), not `eval`.
 
-Time: five minutes for each base model and ten for RL, on one CPU core. Expected score: see docs/results.md.
+Time: ten minutes for a base model on a CPU core that was shared with other work. In one run at width 64, 200 steps of
+RL took validation accuracy from 0.070 (0.042-0.114) to 0.125 (0.086-0.178). No search came of it: lines fell from 2.5
+to 1.1 and checks from 1.5 to 0. The model learned to guess, as TinyZero reports of its smallest.
 """
 
 from __future__ import annotations
@@ -107,15 +109,14 @@ def _take(rest: list[str], level: int, depth: int) -> Fraction:
         while rest[-1] in LEVELS[level]:
             value = OPERATIONS[rest.pop()](value, _take(rest, level + 1, depth))
         return value
-    if rest[-1] == "(":
-        rest.pop()
+    token = rest.pop()
+    if token == "(":
         require(depth > 0, "too many parentheses")
         value = _take(rest, 0, depth - 1)
-        require(rest[-1] == ")", "an open parenthesis")
-        rest.pop()
+        require(rest.pop() == ")", "an open parenthesis")
         return value
-    require(rest[-1].isdigit(), "a number is missing")
-    return Fraction(rest.pop())
+    require(token.isdigit(), "a number is missing")
+    return Fraction(token)
 
 
 class Zero:
@@ -211,8 +212,7 @@ def compare(left: int, right: int) -> str:
 def partial(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
     """A random partial product of two numbers, and its value: of 23 and 45 it is 23*40 or 23*5."""
     left, right = numbers
-    digits = [int(digit) * 10**power for power, digit in enumerate(reversed(str(right))) if digit != "0"]
-    part = rng.choice(digits)
+    part = rng.choice([int(digit) * 10**power for power, digit in enumerate(reversed(str(right))) if digit != "0"])
     return f"{left}*{part}", left * part
 
 

@@ -277,7 +277,7 @@ def test_a_base_model_trains_and_rl_goes_on_from_it(tmp_path, compilation_cache)
     pool = RolloutPool(build(config))
     sft.train(pool, Workdir(tmp_path / "base", config))
     recipe = zero.get_config("grpo")
-    recipe.grpo.steps, recipe.train.eval_every = 2, 2
+    recipe.grpo.steps, recipe.optimizer.warmup_steps, recipe.train.eval_every = 2, 0, 2
     recipe.train.eval_problems = recipe.evaluation.problems = 16
     recipe.mesh.data = 1
     parts = grpo.prepare(tmp_path / "base", recipe)
