@@ -45,6 +45,7 @@ from records import Rollout, stored
 
 ORDERS = ("fixed", "random")
 HEURISTICS = ("paper", "total")
+SPAWN_RULES = ("coin", "large")
 MAX_ENUMERATED_SETS = 3000  # families with at most this many sets of numbers are listed whole
 
 # ---------------------------------------------------------------- problems
@@ -60,6 +61,8 @@ class ProblemRange(Checked):
     high: int
     target_low: int
     target_high: int
+    # Share of targets that neither training nor validation nor the held-out split draws. Not in the text that seeds.
+    unseen_targets: Annotated[float, within(0, 1)] = dataclasses.field(default=0.0, repr=False)
 
     def check(self) -> None:
         """Checks both ranges."""
@@ -68,12 +71,19 @@ class ProblemRange(Checked):
             require(ordered, f"range of {name} must satisfy 1 <= low <= high <= {MAX_VALUE}, not {low}..{high}")
 
 
-def split_of(numbers: Sequence[int], target: int) -> str:
+def _unseen(target: int, share: float) -> bool:
+    return int.from_bytes(hashlib.blake2b(f"target {target}".encode(), digest_size=4).digest()) / 2**32 < share
+
+
+def split_of(numbers: Sequence[int], target: int, unseen_targets: float = 0.0) -> str:
     """The split of a problem, by a stable hash of sorted numbers and target, whatever the seed.
 
-    It is "train", "validation" or "heldout".
-    One in ten is held out for tests, one in ten chooses checkpoints (validation), the rest is trained on.
+    It is "train", "validation", "heldout" or "unseen".
+    A share of all targets is unseen, by a hash of the target alone. Of the other problems one in ten is held out
+    for tests, one in ten chooses checkpoints (validation), the rest is trained on.
     """
+    if _unseen(target, unseen_targets):
+        return "unseen"
     key = f"{sorted(numbers)} {target}".encode()
     tenth = hashlib.blake2b(key, digest_size=4).digest()[0] % 10
     return "heldout" if tenth == 0 else "validation" if tenth == 1 else "train"
@@ -89,7 +99,8 @@ def _listing(family: ProblemRange, split: str) -> tuple[Problem, ...] | None:
         Problem(numbers, target)
         for numbers in itertools.combinations_with_replacement(pool, family.count)
         for target in sorted(_reachable(numbers))
-        if family.target_low <= target <= family.target_high and split_of(numbers, target) == split
+        if family.target_low <= target <= family.target_high
+        and split_of(numbers, target, family.unseen_targets) == split
     )
 
 
@@ -103,10 +114,11 @@ def problem(family: ProblemRange, split: str, seed: int, index: int) -> Problem:
     listing = _listing(family, split)
     if listing is None:
         for draw in range(20_000 if family.count <= 4 else 1000):  # five and more numbers take long
-            if draw % 1000 == 0:  # the target first, then numbers until they can reach it, but not for ever
+            # The target first, then numbers until they can reach it, but not for ever.
+            if draw % 1000 == 0 or _unseen(target, family.unseen_targets) != (split == "unseen"):
                 target = rng.randint(family.target_low, family.target_high)
             numbers = tuple(rng.randint(family.low, family.high) for _ in range(family.count))
-            if split_of(numbers, target) == split and solvable(numbers, target):
+            if split_of(numbers, target, family.unseen_targets) == split and solvable(numbers, target):
                 return Problem(numbers, target)
     if not listing:
         raise ValueError(f"{family} has no solvable problem for the {split} split: widen its ranges")
@@ -198,6 +210,9 @@ class DemonstratorConfig(Checked):
     prune: bool = False  # list neither repeated states nor children that cost more than the target; the paper does
     # Which children are best: "multiply", for SoS by lot "sum" ("paper"), or "total" (see `countdown.search.expand`).
     heuristic: Annotated[str, one_of(*HEURISTICS)] = "paper"
+    depth: Annotated[int, at_least(1)] = 1  # levels of threads below the root's (APR); the paper has one
+    # Where children are handed out: "coin", the paper's, or "large": where they have three or more numbers left.
+    spawn_when: Annotated[str, one_of(*SPAWN_RULES)] = "coin"
 
     def check(self) -> None:
         """Checks what depends on the method."""
@@ -207,6 +222,8 @@ class DemonstratorConfig(Checked):
         require(1 <= low <= most, f"beam_low_without_budget must be from 1 to the widest beam, {most}, not {low}")
         wide = self.method != "apr" or self.sub_beam_high >= most
         require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
+        nests = self.method == "apr" or self.depth == 1
+        require(nests, f"{self.method} has no threads to nest: depth must be 1, not {self.depth}")
         stated = self.budget_fraction if self.method in UNBUDGETED else 0
         require(not stated, f"{self.method} has no budget to condition on: budget_fraction must be 0, not {stated}")
 
@@ -217,7 +234,9 @@ class DemonstratorConfig(Checked):
             f"sub_beam_high={self.sub_beam_high}, spawn_probability={self.spawn_probability}, "
             f"condition={self.budget_fraction}, token_bin={self.token_bin}, order={self.order!r}, "
             f"free_beam_low={self.beam_low_without_budget}{', prune=True' if self.prune else ''}"
-            f"{', heuristic=total' if self.heuristic == 'total' else ''})"
+            f"{', heuristic=total' if self.heuristic == 'total' else ''}"
+            f"{f', depth={self.depth}' if self.depth > 1 else ''}"
+            f"{', spawn_when=large' if self.spawn_when == 'large' else ''})"
         )
 
 
@@ -236,6 +255,9 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     else:
         sub_beam = rng.randint(beam, config.sub_beam_high)
         search = Parallel(root, target, beam, rng, config.spawn_probability, sub_beam)
+        search.depth = config.depth
+    if isinstance(search, Hybrid):
+        search.spawn_when = config.spawn_when
     search.fixed_order, search.prunes = config.order == "fixed", config.prune
     if config.heuristic == "total":
         search.heuristic = "total"

@@ -76,13 +76,14 @@ def choose(presets: dict[str, Any], preset: str) -> Any:
     return presets[preset]
 
 
-def evaluation(preset: str) -> dict[str, int]:
+def evaluation(preset: str) -> dict[str, Any]:
     """How a preset evaluates."""
     return dict(
         problems=PRESETS[preset]["evaluation"]["problems"],  # held out
         samples=1,  # rollouts of each problem, for pass@k and cons@k
         concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
         seed=0,  # of the draws; the problems are always the same
+        split="heldout",  # or "unseen": problems of the targets that problems.unseen_targets keeps from training
     )
 
 
@@ -102,7 +103,7 @@ def recipe(method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_p
         seed=0,
         # Run whose parameters to start from; empty: random ones. Desktop has laptop's model and longer searches.
         init=f"{'pretrained' if method in ('sosp', 'apr') else 'runs'}/{method}" if preset == "desktop" else "",
-        problems=p["problems"],
+        problems=dict(**p["problems"], unseen_targets=0.0),  # share of targets in none of the splits but "unseen"
         demonstrator=demonstrator(method, preset, beam_high, sub_beam_high, spawn_probability),
         number_limit=10 if preset in LARGE else 500,  # numbers below are one token; 10 means digit by digit
         model=dict(
@@ -160,4 +161,6 @@ def demonstrator(
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
         heuristic="total" if preset not in LARGE else "paper",  # which children are best: a small model learns sums
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
+        depth=1,  # levels of threads below the root's (APR), at most limits.depth; the paper has one
+        spawn_when="coin",  # or "large": a node is promising if its children have three or more numbers left
     )

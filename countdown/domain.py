@@ -31,6 +31,10 @@ class CountdownDomain(Domain):
         self.language = Tokenizer(config.number_limit)
         self.family = ProblemRange(**config.problems)
         self.demonstrator = DemonstratorConfig(**config.demonstrator)
+        depth, most = self.demonstrator.depth, config.limits.depth
+        require(depth <= most, f"demonstrator.depth={depth} nests deeper than limits.depth={most}: raise limits.depth")
+        both = depth > 1 and config.threads.inherit_context
+        require(not both, f"threads.inherit_context hides a child's level: demonstrator.depth must be 1, not {depth}")
         self.children, self.tokens = (
             None if value == -1 else value for value in (config.budget.children, config.budget.tokens)
         )

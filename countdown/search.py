@@ -10,7 +10,8 @@
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
-     and goes on with the path of the first that succeeded.
+     and goes on with the path of the first that succeeded. With `depth` above 1
+     the children spawn in turn. `spawn_when` replaces the coin by a rule.
 
 Given the same random choices, every search writes what the released codes write,
 to the byte (a test replays their 90 reference traces), but for one deviation: a
@@ -32,6 +33,8 @@ import random
 from collections.abc import Iterator
 
 from countdown.language import CALL_TEXT, GOAL_TEXT, SPAWN_TEXT
+
+LARGE_NUMBERS = 3  # numbers left from which the search below a node counts as large
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -171,6 +174,7 @@ class Search:
     failure_text = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
     fixed_order = False  # children are listed in order of generation, not in random order
+    level = 0  # of the thread: searches around it
     prunes = False  # neither repeated states are listed, nor children that cost more than the target
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
@@ -180,7 +184,7 @@ class Search:
 
     def run(self) -> Node | None:
         """Searches from the root, finishes `trace`, and returns the leaf that reached the goal."""
-        goal = self.search(self.root, 0)
+        goal = self.search(self.root, self.level)
         if goal is None:
             self.lines.append(self.failure_text)
         self.trace.calls.append("".join(self.lines))
@@ -313,12 +317,16 @@ class DepthFirst(Search):
 class Hybrid(Search):
     """SoS+: the children of a promising node are searched in place, one after another."""
 
+    spawn_when = "coin"  # how a promising node is told: by lot ("coin"), or by what is left to search ("large")
+
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float):
         super().__init__(root, target, beam, rng)
         self.probability = probability
 
     def is_promising(self, children: list[Node]) -> bool:
-        """Tosses the coin."""
+        """Tosses the coin, or asks whether every child has at least `LARGE_NUMBERS` numbers left."""
+        if self.spawn_when == "large":  # children of a node have as many numbers each
+            return bool(children) and len(children[0].numbers) >= LARGE_NUMBERS
         return bool(children) and self.rng.random() < self.probability
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
@@ -336,14 +344,16 @@ class Hybrid(Search):
 
 
 class Parallel(Hybrid):
-    """APR: the children of a promising node become threads; they do not spawn in turn."""
+    """APR: the children of a promising node become threads, which spawn in turn above level `depth`."""
+
+    depth = 1  # levels of threads below the root's
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float, sub_beam: int):
         super().__init__(root, target, beam, rng, probability)
         self.sub_beam = sub_beam
 
     def is_promising(self, children: list[Node]) -> bool:
-        """Tosses the coin, but not for an only child."""
+        """As of SoS+, but never for an only child."""
         return len(children) > 1 and super().is_promising(children)
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
@@ -352,12 +362,21 @@ class Parallel(Hybrid):
             children = sorted(children, key=lambda child: int(child.id.rpartition(",")[2]))
         self.trace.calls.append("".join(self.lines) + spawn_block([child.id for child in children], level))
         self.lines = []
-        searches = [Search(child, self.target, self.sub_beam, self.rng) for child in children]
-        for search in searches:
-            search.fixed_order, search.prunes, search.heuristic = self.fixed_order, self.prunes, self.heuristic
+        searches = [self.thread(child, level) for child in children]
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)
         if goal is not None:
             self.write_goal(goal)
         return goal
+
+    def thread(self, root: Node, level: int) -> Search:
+        """The search of a child thread at `level`. The deepest level does not spawn."""
+        if level < self.depth:
+            search: Search = Parallel(root, self.target, self.sub_beam, self.rng, self.probability, self.sub_beam)
+            search.depth, search.spawn_when = self.depth, self.spawn_when
+        else:
+            search = Search(root, self.target, self.sub_beam, self.rng)
+        search.level, search.fixed_order, search.prunes = level, self.fixed_order, self.prunes
+        search.heuristic = self.heuristic
+        return search

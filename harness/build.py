@@ -60,6 +60,7 @@ class EvaluationConfig(Checked):
     samples: Annotated[int, at_least(1)]  # rollouts of each problem, for pass@k and cons@k
     concurrent: Annotated[int, at_least(0)]  # rollouts in flight; 0 is all, 1 measures latency
     seed: Annotated[int, SEED]  # of the draws; the problems are always the same
+    split: Annotated[str, one_of("heldout", "unseen")] = "heldout"  # "unseen": targets that training never met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Parts:
 
     def test_set(self) -> Sequence[typing.Any]:
         """Held-out problems of the final evaluation. They choose nothing."""
-        return self.domain.problems("heldout", self.evaluation.problems)
+        return self.domain.problems(self.evaluation.split, self.evaluation.problems)
 
     def validation_set(self) -> Sequence[typing.Any]:
         """Problems that choose the best checkpoint."""

@@ -137,6 +137,26 @@ def test_impossible_families_are_refused(family):
         solver.problems_of(family, "heldout", 1)
 
 
+def test_unseen_targets_are_in_no_other_split():
+    """A target is unseen or not, whatever the numbers; without unseen targets every split is as it was."""
+    some = dataclasses.replace(LAPTOP, unseen_targets=0.2)
+    kept = {split: solver._listing(some, split) for split in ("train", "validation", "heldout", "unseen")}
+    targets = {split: {drawn.target for drawn in listing} for split, listing in kept.items()}
+    seen = targets["train"] | targets["validation"] | targets["heldout"]
+    assert targets["unseen"] and not targets["unseen"] & seen and targets["unseen"] | seen == {*range(10, 51)}
+    for split in ("train", "validation", "heldout"):
+        before = solver._listing(LAPTOP, split)
+        assert kept[split] == tuple(drawn for drawn in before if drawn.target in seen)
+    share = sum(solver.split_of((1, 2), target, 0.1) == "unseen" for target in range(10_000)) / 10_000
+    assert share == pytest.approx(0.1, abs=0.01)
+    assert repr(some) == repr(LAPTOP)  # it seeds the draws
+    with pytest.raises(ValueError, match="only 0 problems for the unseen split"):
+        solver.problems_of(LAPTOP, "unseen", 1)
+    wide = dataclasses.replace(PAPER, unseen_targets=0.2)
+    drawn = [problem(wide, split, 0, i).target for split in ("unseen", "train") for i in range(40)]
+    assert not {*drawn[:40]} & {*drawn[40:]}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

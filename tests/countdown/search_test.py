@@ -366,3 +366,72 @@ def test_rendering_is_the_inverse_of_parsing_for_demonstrations():
             for thread in threads_of(trace):
                 for text in (thread.prompt, *thread.calls):
                     assert render(parse(text)) == text
+
+
+# ---------------------------------------------------------------- deeper threads, and when to spawn
+
+FIVE = ProblemRange(5, 1, 9, 10, 50)
+DEEP = DemonstratorConfig(
+    "apr", 3, 3, 3, 0.9, budget_fraction=0, token_bin=128, order="fixed", beam_low_without_budget=3, prune=True, heuristic="total"
+)
+
+
+def five_numbers(n):
+    """Solvable problems of five numbers, without listing the family."""
+    rng = random.Random(5)
+    while n:
+        numbers, target = tuple(rng.randint(1, 9) for _ in range(5)), rng.randint(10, 50)
+        if solver.solvable(numbers, target):
+            n -= 1
+            yield Problem(numbers, target)
+
+
+def test_the_seed_text_of_the_defaults_is_that_of_before():
+    assert "depth" not in APR.seed_text() and "spawn_when" not in APR.seed_text()
+    texts = {dataclasses.replace(APR, **new).seed_text() for new in ({}, {"depth": 2}, {"depth": 3}, {"spawn_when": "large"})}
+    assert len(texts) == 4
+
+
+def test_depth_is_for_threads_and_bounded_by_the_runtime():
+    with pytest.raises(ValueError, match="sosp has no threads to nest: depth must be 1, not 2"):
+        dataclasses.replace(SOSP, depth=2)
+
+
+@pytest.mark.parametrize("spawn_when", ["coin", "large"])
+def test_threads_of_depth_two_answer_as_often_as_their_search_succeeds(spawn_when, monkeypatch):
+    """The runtime reads every spawn block, each join holds what the child found, and the exact grader judges."""
+    goals = []
+    run = search.Search.run
+    monkeypatch.setattr(search.Search, "run", lambda self: goals.append((self.level, run(self))) or goals[-1][1])
+    config = dataclasses.replace(DEEP, depth=2, spawn_when=spawn_when)
+    task = Countdown(Tokenizer(500), "apr")
+    deepest = found = inner = 0
+    for i, drawn in enumerate(five_numbers(12)):
+        goals.clear()
+        rollout = solver.record(drawn, demonstrate(drawn, config, random.Random(i)), task)
+        assert rollout.grade.correct == (goals[-1][1] is not None), drawn
+        assert goals[-1][0] == 0 and {level for level, _ in goals} <= {0, 1, 2}
+        found += rollout.grade.correct
+        for thread in rollout.threads():
+            deepest = max(deepest, len(thread.path) // 2)
+            ids = []
+            for call, children in zip(thread.calls, thread.spawns, strict=False):
+                ids = ids[: call.keep] + call.injected + call.sampled
+                assert task.spawn(ids).prompts == [child.calls[0].injected for child in children]
+            won = [bool(task._final_path(child, task.tokenizer.decode(child.calls[0].injected).partition("\n")[0] + "\n"))
+                   for children in thread.spawns for child in children]
+            inner += bool(thread.path) and any(won)
+    assert deepest == 2 and found >= 3 and inner >= 1
+
+
+def test_large_spawns_where_three_numbers_are_left_and_never_by_lot():
+    """Five numbers: the root spawns (four left), and so does a child (three left), but not a grandchild's search."""
+    config = dataclasses.replace(DEEP, depth=9, spawn_when="large", spawn_probability=0.0)
+    sizes = set()
+    for i, drawn in enumerate(five_numbers(6)):
+        for thread in threads_of(demonstrate(drawn, config, random.Random(i))):
+            for child in itertools.chain.from_iterable(thread.spawns):
+                sizes.add(len(parse(child.prompt)[1].numbers))
+    assert sizes == {3, 4}
+    three = Problem((3, 7, 11), 40)  # its children have two numbers: nothing is spawned
+    assert demonstrate(three, config, random.Random(0)).spawns == []
