@@ -113,6 +113,7 @@ def problem(family: ProblemRange, split: str, seed: int, index: int) -> Problem:
     rng = random.Random(f"problem {family} {split} {seed} {index}")
     listing = _listing(family, split)
     if listing is None:
+        target = 0
         for draw in range(20_000 if family.count <= 4 else 1000):  # five and more numbers take long
             # The target first, then numbers until they can reach it, but not for ever.
             if draw % 1000 == 0 or _unseen(target, family.unseen_targets) != (split == "unseen"):
