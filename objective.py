@@ -251,7 +251,7 @@ def penalties(costs: dict[str, float], config: GrpoConfig) -> tuple[float, float
 
 
 def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
-    """1 and the bonuses of a correct rollout, `format_reward` of a wrong answer; plus structure, minus the penalties."""
+    """1 and the bonuses of a correct rollout, `format_reward` of a wrong answer; plus structure, minus penalties."""
     costs, grade = records.metrics(rollout), rollout.grade
     threads, tokens = penalties(costs, config)
     right = 1 + acceleration(costs, config) + concurrency(costs, config)

@@ -209,7 +209,7 @@ class DemonstratorConfig(Checked):
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
     beam_low_without_budget: int = 1
     prune: bool = False  # list neither repeated states nor children that cost more than the target; the paper does
-    # Which children are best: "multiply", for SoS by lot "sum" ("paper"), or "total" (see `countdown.search.expand`).
+    # Which children are best: "multiply", for SoS by lot "sum" ("paper"), or "total" (see `countdown.states.expand`).
     heuristic: Annotated[str, one_of(*HEURISTICS)] = "paper"
     depth: Annotated[int, at_least(1)] = 1  # levels of threads below the root's (APR); the paper has one
     # Where children are handed out: "coin", the paper's, or "large": where they have three or more numbers left.

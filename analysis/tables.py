@@ -13,7 +13,7 @@ from analysis.charts import point
 from analysis.choose import THREADS, Entry, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
 from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
 from countdown.grader import Problem
-from countdown.search import solutions
+from countdown.states import solutions
 from harness import stats
 
 Row = list[typing.Any]  # cells of a table

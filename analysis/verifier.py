@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import records
 from countdown.grader import Problem, grade_steps
 from countdown.language import END_ID, Line, Tokenizer, parse, short
-from countdown.search import best_first, expand
+from countdown.states import best_first, expand
 from records import Rollout, Thread
 from solver import solvable
 

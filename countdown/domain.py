@@ -74,9 +74,12 @@ class CountdownDomain(Domain):
 
     def facts(self) -> dict[str, typing.Any]:
         """The method, the family of problems, the ablations and the tokenizer's limit."""
+        family = dataclasses.asdict(self.family)
+        if not self.family.unseen_targets:  # as in files from before there was such a share
+            del family["unseen_targets"]
         return {
             "method": self.demonstrator.method,
-            "family": dataclasses.asdict(self.family),
+            "family": family,
             "threads": {name: getattr(self.task, name) for name in ("child_returns", "inherit_context")},
             "number_limit": self.language.number_limit,
         }
