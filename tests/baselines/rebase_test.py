@@ -284,7 +284,7 @@ def test_the_reward_model_says_one_half_before_and_the_labels_after_training():
     is_end_RT[0, len(good) - 1] = is_end_RT[1, len(bad) - 1] = label_RT[0, len(good) - 1] = True
     seen: list[float] = []
     batch = reward.Batch(ids_RT, label_RT, is_end_RT)
-    trained = reward.fit(parts.model, fresh, batch, 12, lambda number, loss, accuracy: seen.append(loss))
+    trained = reward.fit(parts.model, fresh, batch, 250, lambda number, loss, accuracy: seen.append(loss))
     assert seen[0] == pytest.approx(np.log(2)) and seen[-1] < 0.1
     scores = reward.learned(parts.model, trained, states)
     assert scores[0] > 0.9 and scores[1] < 0.1 and scores[2] == scores[0]

@@ -78,7 +78,7 @@ def test_an_answer_gets_its_verdict_and_its_reward(answer, kind):
     assert rollout.grade.correct == (kind == "") and len(rollout.grade.reason) < 200
     readable = kind != "malformed_answer"
     assert rollout.grade.answer == ((answer,) if readable else ())
-    earned = objective.reward(rollout, GrpoConfig(**zero.get_config("grpo").grpo))
+    earned = objective.reward(rollout, GrpoConfig(**zero.get_config("grpo").grpo), 1)
     assert earned == (1.0 if rollout.grade.correct else 0.1 if readable else 0.0)
 
 
