@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("the penalty turned round", "objective.py", "batch.ref_logp - out.logp, 0.0))", "out.logp - batch.ref_logp, 0.0))", LOSS),
     Mutant("clipped below alone", "objective.py", "jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)", "jnp.clip(ratio, 1 - config.clip_low, None)", LOSS),
     Mutant("a call's weight in its rollout", "objective.py", "return 1 / (own.tokens * own.calls * batch.calls),", "return 1 / (own.tokens * batch.calls),", LOSS),
-    Mutant("the bonus of the wrong", "objective.py", "return float(rollout.grade.correct) * (1 + bonus)", "return float(rollout.grade.correct) + bonus", LOSS),
+    Mutant("the bonus of the wrong", "objective.py", "earned = right if grade.correct else config.format_reward * bool(grade.answer)", "earned = right if grade.correct else right - 1", LOSS),
     Mutant("structure after its time", "objective.py", "return max(0.0, 1 - (step - 1) / (share * steps))", "return abs(1 - (step - 1) / (share * steps))", LOSS),
     Mutant("children get credit", "objective.py", "return [rollout.root]", "return rollout.threads()", LOSS),
     Mutant("threads weigh by length", "objective.py", "weight = 1 / (own.thread * own.threads * batch.rollouts)", "weight = 1 / (own.tokens * own.threads * batch.rollouts)", LOSS),

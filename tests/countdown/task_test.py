@@ -273,7 +273,7 @@ def test_budgets_are_prefixes():
     assert CHILD_PATH in TOKENIZER.decode(budget.join([child]))
     with pytest.raises(ValueError, match="children_budget must not be negative, it is -1"):
         Countdown(TOKENIZER, "apr", children_budget=-1)
-    with pytest.raises(ValueError, match="method='bfs' must be one of sos, sosp, apr"):
+    with pytest.raises(ValueError, match="method='bfs' must be one of direct, sos, sosp, apr"):
         Countdown(TOKENIZER, "bfs")
 
 
