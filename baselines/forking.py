@@ -45,8 +45,9 @@ class ForkingSampler(Sampler):
         for fork in forks:
             source, drew = self._rows[fork.source], Completion(fork.row, [], [])
             limit = min(fork.max_new_tokens, self.context - len(source.ids))
-            new = dict(ids=[*source.ids], max_new_tokens=limit, key=fork.key, drew=drew)
-            rows[fork.row] = dataclasses.replace(source, **new)
+            rows[fork.row] = dataclasses.replace(
+                source, ids=[*source.ids], max_new_tokens=limit, key=fork.key, drew=drew
+            )
             sources[fork.row] = fork.source
         for number, row in rows.items():
             self._rows[number] = row
@@ -56,7 +57,7 @@ class ForkingSampler(Sampler):
 
     def drain(self) -> dict[int, list[int]]:
         """Decodes until every row has stopped; row -> ids drawn since its fork."""
-        drawn = {}
+        drawn: dict[int, list[int]] = {}
         while stopped := self.decode():
             drawn |= {completion.row: completion.ids for completion in stopped}
         return drawn

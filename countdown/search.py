@@ -287,11 +287,10 @@ class Parallel(Hybrid):
 
     def thread(self, root: Node, level: int) -> Search:
         """The search of a child thread at `level`. The deepest level does not spawn."""
+        search = Search(root, self.target, self.sub_beam, self.rng)
         if level < self.depth:
-            search: Search = Parallel(root, self.target, self.sub_beam, self.rng, self.probability, self.sub_beam)
-            search.depth, search.spawn_when = self.depth, self.spawn_when
-        else:
-            search = Search(root, self.target, self.sub_beam, self.rng)
+            search = deep = Parallel(root, self.target, self.sub_beam, self.rng, self.probability, self.sub_beam)
+            deep.depth, deep.spawn_when = self.depth, self.spawn_when
         search.level, search.fixed_order, search.prunes = level, self.fixed_order, self.prunes
         search.heuristic = self.heuristic
         return search

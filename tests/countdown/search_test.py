@@ -402,7 +402,12 @@ def test_threads_of_depth_two_answer_as_often_as_their_search_succeeds(spawn_whe
     """The runtime reads every spawn block, each join holds what the child found, and the exact grader judges."""
     goals = []
     run = search.Search.run
-    monkeypatch.setattr(search.Search, "run", lambda self: goals.append((self.level, run(self))) or goals[-1][1])
+
+    def noted(self):
+        goals.append((self.level, run(self)))
+        return goals[-1][1]
+
+    monkeypatch.setattr(search.Search, "run", noted)
     config = dataclasses.replace(DEEP, depth=2, spawn_when=spawn_when)
     task = Countdown(Tokenizer(500), "apr")
     deepest = found = inner = 0
