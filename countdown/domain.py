@@ -32,7 +32,8 @@ class CountdownDomain(Domain):
         self.family = ProblemRange(**config.problems)
         self.demonstrator = DemonstratorConfig(**config.demonstrator)
         depth, most = self.demonstrator.depth, config.limits.depth
-        require(depth <= most, f"demonstrator.depth={depth} nests deeper than limits.depth={most}: raise limits.depth")
+        nests = depth <= max(most, 1)  # without threads at all, what trained the model does not matter
+        require(nests, f"demonstrator.depth={depth} nests deeper than limits.depth={most}: raise limits.depth")
         both = depth > 1 and config.threads.inherit_context
         require(not both, f"threads.inherit_context hides a child's level: demonstrator.depth must be 1, not {depth}")
         self.children, self.tokens = (
