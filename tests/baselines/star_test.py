@@ -102,6 +102,7 @@ def test_two_rounds_from_the_shipped_run_and_the_same_command_again(tmp_path, co
     def small(path: str) -> dict:
         config = original(path)
         config["train"]["eval_problems"], config["evaluation"]["problems"] = 16, 16
+        config["train"]["rows"] = 8  # a row for each device of the tests
         return config
 
     monkeypatch.setattr(star, "read_config", small)
