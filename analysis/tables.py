@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import typing
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +11,14 @@ from collections.abc import Sequence
 from analysis.charts import point
 from analysis.choose import THREADS, Entry, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
 from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
-from countdown.grader import Problem
+from countdown.grader import Problem, replay
 from countdown.states import solutions
 from harness import stats
 
 Row = list[typing.Any]  # cells of a table
 EQUAL_TOTAL = tuple(128 << i for i in range(8))  # budgets of tokens at which methods are compared
-WANTED = 4  # solutions of a problem that are enough
 EQUAL_SEQUENTIAL = (64, 128, 256, 384, 512, 1024)
+WANTED = 4  # solutions of a problem that are enough
 
 
 class Table(typing.NamedTuple):
@@ -122,15 +121,19 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
         for e in group:
             rows.append([*name, e.budget, accuracy(e), cost(e, "total_tokens"), used_of(e, "within"), "", ""])
         controls = [e.adherence["within"] for e in group if e.adherence]
-        points = [(e.total_tokens, e.accuracy) for e in group]
         control = f"{sum(controls) / len(controls):.3g}" if controls else ""
-        slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
-        rows.append([*name, f"these {len(group)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"])
+        rows.append([*name, *_s1([(e.total_tokens, e.accuracy) for e in group], control)])
     rows += [row for e in sampled(entries) for row in _resampled(e)]
     note = "After s1 (arXiv 2501.19393). Control: share of rollouts within the budget. Scaling: mean slope of accuracy "
     note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy."
     head = "method | temperature | budget | accuracy | total tokens | Control | Scaling | Performance"
     return Table("Table 4. Budget forcing", note, head, rows)
+
+
+def _s1(points: Sequence[tuple[float, float]], control: str) -> Row:
+    """What s1 makes of the points (total tokens, accuracy) of a line: the end of their last row."""
+    slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
+    return [f"these {len(points)}", "", "", control, slope, f"{max(y for _, y in points):.3f}"]
 
 
 def _resampled(entry: Entry) -> list[Row]:
@@ -141,8 +144,7 @@ def _resampled(entry: Entry) -> list[Row]:
         estimate, tokens = stats.resampled(correct, spent, bound, entry.samples)
         points.append((tokens, estimate[0]))
         rows.append([*name, f"resampled to at most {bound} tokens", share(estimate), f"{tokens:,.0f}", "1", "", ""])
-    slope = f"{1000 * stats.scaling(points):+.3f}" if len({x for x, _ in points}) > 1 else ""
-    return [*rows, [*name, f"these {len(rows)}", "", "", "1", slope, f"{max(y for _, y in points):.3f}"]]
+    return [*rows, [*name, *_s1(points, "1")]]
 
 
 def equal_table(entries: Sequence[Entry]) -> Table:
@@ -241,14 +243,7 @@ def _solutions(problem: Problem) -> int:
 
 def _states(problem: Problem, steps: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The numbers that are left after each step of a right answer, sorted."""
-    left, states = [*problem.numbers], []
-    for step in steps:
-        a, b, result = map(int, re.split("[-+*/=]", step))
-        left.remove(a)
-        left.remove(b)
-        left.append(result)
-        states.append(tuple(sorted(left)))
-    return tuple(states)
+    return tuple(tuple(sorted(replay(problem, steps[:count])[0])) for count in range(1, len(steps) + 1))
 
 
 TABLES = (

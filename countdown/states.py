@@ -73,7 +73,7 @@ def best_first(children: list[Child]) -> list[Child]:
 
 
 def _each_state_once(children: list[Child]) -> list[Child]:
-    first: dict[tuple[int, ...], tuple[float, str, list[int]]] = {}
+    first: dict[tuple[int, ...], Child] = {}
     for child in children:
         first.setdefault(tuple(sorted(child[2])), child)
     return [*first.values()]
