@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from analysis.labels import label_of, rank
 from harness import results, stats
 from harness.cli import UsageError, usage_errors
-from harness.results import Evaluation
+from harness.results import Evaluation, Folder
 
 THREADS = {"child_returns": "path", "inherit_context": False}  # what is no ablation
 SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
@@ -35,7 +35,7 @@ class Log(typing.NamedTuple):
 # ---------------------------------------------------------------- reading
 
 
-def read_entries(path: pathlib.Path) -> list[Entry]:
+def read_entries(path: Folder) -> list[Entry]:
     """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
     with usage_errors():
         text = path.read_text(encoding="utf-8")
@@ -61,10 +61,10 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
     Raises UsageError if problems differ, or the parameters behind a label and training seed.
     """
     found: dict[str, Entry] = {}
-    first: dict[str, pathlib.Path] = {}  # set of problems -> a file of results on it
-    runs: dict[tuple[str, int], tuple[str, pathlib.Path]] = {}  # label and training seed -> parameters, and a file
+    first: dict[str, Folder] = {}  # set of problems -> a file of results on it
+    runs: dict[tuple[str, int], tuple[str, Folder]] = {}  # label and training seed -> parameters, and a file
     for folder in folders:
-        paths = sorted(pathlib.Path(folder).rglob("eval.json"))
+        paths = results.evaluations(pathlib.Path(folder))
         if not paths:
             raise UsageError(f"{folder} holds no eval.json: run `python evaluate.py --sweep=configs/sweep.py` first")
         for path in paths:
@@ -98,7 +98,7 @@ def read_logs(folders: Sequence[str]) -> list[Log]:
     logs: list[Log] = []
     for folder in folders:
         with usage_errors():
-            lines = results.read_log(pathlib.Path(folder) / "metrics.jsonl")
+            lines = results.read_log(results.opened(pathlib.Path(folder)) / "metrics.jsonl")
         label = label_of(pathlib.Path(folder).resolve().name, folder)
         logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
     return logs

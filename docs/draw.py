@@ -1,7 +1,7 @@
 """The diagrams of README.md and docs/. No JAX.
 
     python evaluate.py --numbers=10,9,7 --target=27 --record=trace.json
-    python docs/draw.py --trace=trace.json --output=docs
+    python -m docs.draw --trace=trace.json --output=docs
 
   timeline.png   spawn and join of one recorded rollout, on a clock of tokens
   rows.png       the rows of the KV cache before, during and after its first join
@@ -25,6 +25,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from harness.results import opened
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT, LISTED, SPAWN, JOIN, REST, CHILD = "#BBBBBB", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
@@ -244,7 +246,7 @@ def headline() -> Figure:
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     for run, name, color in (("apr-desktop", "APR: threads", LISTED), ("sosp-desktop", "SoS+: one thread", CHILD)):
-        windows = json.loads((ROOT / "pretrained" / run / "eval.json").read_text())[0]["windows"]
+        windows = json.loads((opened(ROOT / "pretrained" / run) / "eval.json").read_text())[0]["windows"]
         x = [int(window) for window in windows]
         y, low, high = np.asarray([*windows.values()]).T
         axes.plot(x, y, color=color, marker="o", linewidth=2)

@@ -1,6 +1,6 @@
 """Writes what the code and the shipped results say into README.md and docs/*.md. tests/readme_test.py holds it there.
 
-  python docs/fill.py
+  python -m docs.fill
 
 1. The map of the code in README.md. A row starts with links to files or folders, | [`model.py`](model.py) | 340 |.
    The second cell is the number of their lines, to the nearest ten.
@@ -26,6 +26,8 @@ import re
 import statistics
 import typing
 from collections.abc import Callable
+
+from harness.results import opened
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -78,7 +80,7 @@ def held() -> list[HeldNumber]:
 @functools.cache
 def evaluation(run: str) -> dict[str, typing.Any]:
     """The shipped evaluation of a run."""
-    return json.loads((ROOT / "pretrained" / run / "eval.json").read_text())[0]
+    return json.loads((opened(ROOT / "pretrained" / run) / "eval.json").read_text())[0]
 
 
 Summary = Callable[[list[float]], float]

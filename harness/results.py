@@ -1,4 +1,7 @@
-"""What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX."""
+"""What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX.
+
+A run that ships without its parameters is a zip file of its config.json, eval.json and metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import json
 import pathlib
 import types
 import typing
+import zipfile
 
 from harness.cli import UsageError
 from harness.stats import Estimate
+
+Folder = pathlib.Path | zipfile.Path
 
 
 @dataclasses.dataclass
@@ -115,7 +121,21 @@ def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
     return found
 
 
-def read_log(path: pathlib.Path) -> list[dict[str, typing.Any]]:
+def opened(run: pathlib.Path) -> Folder:
+    """The folder of a run, or the zip file that ships in its place."""
+    packed = run.with_name(run.name + ".zip")
+    return zipfile.Path(packed) if packed.exists() and not run.exists() else run
+
+
+def evaluations(folder: pathlib.Path) -> list[Folder]:
+    """Every eval.json of a run or below a folder, those in zip files included."""
+    if isinstance(root := opened(folder), zipfile.Path):
+        return [root / "eval.json"]
+    packed = [zipfile.Path(path) / "eval.json" for path in sorted(root.rglob("*.zip"))]
+    return [*sorted(root.rglob("eval.json")), *packed]
+
+
+def read_log(path: Folder) -> list[dict[str, typing.Any]]:
     """The lines of a metrics.jsonl. A kill may have cut the last one, which does not count.
 
     Raises UsageError that names the first line that is damaged.

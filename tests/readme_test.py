@@ -347,7 +347,7 @@ def test_the_readme_says_how_large_the_files_are():
     assert len(rows) >= 8, "README.md has no map of the code"
     for row in rows:
         stated, counted = int(row[2].replace(",", "")), fill.size(row)
-        assert abs(stated - counted) <= max(20, counted / 10), f"run docs/fill.py: {row[0]} has {counted} lines"
+        assert abs(stated - counted) <= max(20, counted / 10), f"run `python -m docs.fill`: {row[0]} has {counted} lines"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

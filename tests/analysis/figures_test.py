@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -228,6 +229,20 @@ def test_logs_are_labelled_as_in_the_sweep(tmp_path):
     folders = [tmp_path / name for name in ("grpo-apr", "grpo-sosp-desktop", "mine", "again/grpo-apr")]
     logs = choose.read_logs([write_log(folder, {"step": 1}) for folder in folders])
     assert [log.label for log in logs] == ["APR RL", "SoS+ RL", str(folders[2]), str(folders[3])]
+
+
+def test_a_run_that_ships_as_a_zip_file_is_read_like_its_folder(tmp_path):
+    whole = tmp_path / "whole" / "grpo-apr"
+    write(whole, entry())
+    write_log(whole, {"step": 1})
+    packed = tmp_path / "packed" / "grpo-apr"
+    packed.parent.mkdir()
+    with zipfile.ZipFile(f"{packed}.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for path in whole.iterdir():
+            file.write(path, path.name)
+    expected = choose.read_results([str(whole)])
+    assert len(expected) == 1 and choose.read_results([str(packed)]) == choose.read_results([str(packed.parent)]) == expected
+    assert choose.read_logs([str(packed)]) == choose.read_logs([str(whole)])
 
 
 def test_the_line_that_a_run_is_writing_does_not_count(tmp_path):
