@@ -14,6 +14,7 @@ Deviations from the paper and its released code (see also `countdown.search`):
   - Problems of a small family are drawn uniformly among the solvable ones. For a large family the target
     is drawn first, then numbers until they reach it.
   - `Token Budget` is the multiple of the bin that holds the whole trace.
+  - The recipes of small models rank by another heuristic and explore every operation (`heuristic`, `cost_limit`).
 
 Run: python solver.py --numbers=22,26,31,53 --target=27 --method=apr --seed=0
 """
@@ -44,7 +45,7 @@ from harness.show import show, verdict
 from records import Rollout, stored
 
 ORDERS = ("fixed", "random")
-HEURISTICS = ("paper", "total")
+HEURISTICS = ("paper", "total", "near")
 SPAWN_RULES = ("coin", "large")
 MAX_ENUMERATED_SETS = 3000  # families with at most this many sets of numbers are listed whole
 
@@ -209,8 +210,11 @@ class DemonstratorConfig(Checked):
     order: Annotated[str, one_of(*ORDERS)] = "random"  # of the children that a node lists; "random" is the paper's
     beam_low_without_budget: int = 1
     prune: bool = False  # list neither repeated states nor children that cost more than the target; the paper does
-    # Which children are best: "multiply", for SoS by lot "sum" ("paper"), or "total" (see `countdown.states.expand`).
+    # Which children are best (`countdown.states.expand`): "paper" is "multiply", for SoS "sum" by lot.
     heuristic: Annotated[str, one_of(*HEURISTICS)] = "paper"
+    # Every operation is explored, and the first children that cost at most so much are generated (SoS+ and APR, where
+    # children have two or more numbers left); -1, the paper's: the best children are, and no others explored.
+    cost_limit: Annotated[int, at_least(-1)] = -1
     depth: Annotated[int, at_least(1)] = 1  # levels of threads below the root's (APR); the paper has one
     # Where children are handed out: "coin", the paper's, or "large": where they have three or more numbers left.
     spawn_when: Annotated[str, one_of(*SPAWN_RULES)] = "coin"
@@ -225,6 +229,8 @@ class DemonstratorConfig(Checked):
         require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
         nests = self.method == "apr" or self.depth == 1
         require(nests, f"{self.method} has no threads to nest: depth must be 1, not {self.depth}")
+        limited = self.cost_limit >= 0 and self.method in UNBUDGETED
+        require(not limited, f"{self.method} explores the best children: cost_limit must be -1, not {self.cost_limit}")
         stated = self.budget_fraction if self.method in UNBUDGETED else 0
         require(not stated, f"{self.method} has no budget to condition on: budget_fraction must be 0, not {stated}")
 
@@ -235,7 +241,8 @@ class DemonstratorConfig(Checked):
             f"sub_beam_high={self.sub_beam_high}, spawn_probability={self.spawn_probability}, "
             f"condition={self.budget_fraction}, token_bin={self.token_bin}, order={self.order!r}, "
             f"free_beam_low={self.beam_low_without_budget}{', prune=True' if self.prune else ''}"
-            f"{', heuristic=total' if self.heuristic == 'total' else ''}"
+            f"{f', heuristic={self.heuristic}' if self.heuristic != 'paper' else ''}"
+            f"{f', cost_limit={self.cost_limit}' if self.cost_limit >= 0 else ''}"
             f"{f', depth={self.depth}' if self.depth > 1 else ''}"
             f"{', spawn_when=large' if self.spawn_when == 'large' else ''})"
         )
@@ -259,9 +266,9 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
         search.depth = config.depth
     if isinstance(search, Hybrid):
         search.spawn_when = config.spawn_when
-    search.fixed_order, search.prunes = config.order == "fixed", config.prune
-    if config.heuristic == "total":
-        search.heuristic = "total"
+    search.fixed_order, search.prunes, search.cost_limit = config.order == "fixed", config.prune, config.cost_limit
+    if config.heuristic != "paper":
+        search.heuristic = config.heuristic
     search.run()
     search.trace.prompt = root_prompt(problem, config.method)
     return search.trace

@@ -148,7 +148,9 @@ class _Reader:
         self.times: Counter[tuple[str, str, frozenset[int]]] = Counter()  # of an operation of a node
         self.visited: dict[tuple[int, ...], tuple[int, int]] = {}  # sorted numbers -> call and line
         self.explored: Line | None = None  # the last operation, while lines refer to it
-        self.taken: Line | None = None  # an operation of which no node was made: the next one goes on from what it left
+        text = tokenizer.decode(thread.ids())  # a direct solution has no nodes: its operations go on from one another
+        self.direct = "Node #" not in text and "No solution" not in text
+        self.taken: Line | None = None  # the operation before, of a direct solution
         self.claims: list[tuple[str, ...]] = []  # paths that a goal may rest on
         self.claimed = self.reached = False  # a goal was written; one that the grader accepts
 
@@ -230,7 +232,7 @@ class _Reader:
         self.visited.setdefault(self.numbers, (self.call, self.line))
 
     def _read_explore(self, line: Line) -> None:
-        if self.taken is not None:  # a direct solution
+        if self.taken is not None:
             self.numbers, self.operations = _state(self.taken.numbers, (*self.operations, self.taken.operation))
         a, sign, b, result = _operands(line.operation)
         value, have, both = _value(a, sign, b), Counter(self.numbers), Counter((a, b))
@@ -252,7 +254,7 @@ class _Reader:
             pairs = have[a] * have[b] if a != b else math.comb(have[a], 2)
             if self.times[operands] > pairs and not self.claimed:  # a path restated after the goal repeats its lines
                 self.fault(DUPLICATE, f"{what} is listed {self.times[operands]} times, not {pairs}", steps=step)
-        self.explored, self.taken = line, line if len(line.numbers) > 1 else None
+        self.explored, self.taken = line, line if self.direct and len(line.numbers) > 1 else None
         if len(line.numbers) == 1:  # SoS breadth-first announces leaves that lost, all as child 0
             self.known[f"{self.node},0"].append(_state(line.numbers, (*self.operations, line.operation)))
         self.claims = [*(self.claims if self.given else ()), (*self.operations, line.operation)]

@@ -14,8 +14,8 @@ from configs import common
 # Children draw theirs from the parent's beam..sub_beam_high.
 BEAMS = {
     "smoke": dict(beam_high=3, sub_beam_high=8),
-    "laptop": dict(beam_high=5, sub_beam_high=8),
-    "desktop": dict(beam_high=5, sub_beam_high=8),
+    "laptop": dict(beam_high=8, sub_beam_high=8),
+    "desktop": dict(beam_high=8, sub_beam_high=8),
     "gpu": dict(beam_high=10, sub_beam_high=15),  # the paper's
     "paper": dict(beam_high=10, sub_beam_high=15),
 }

@@ -148,6 +148,7 @@ def demonstrator(
     method: str, preset: str, beam_high: int, sub_beam_high: int, spawn_probability: float
 ) -> dict[str, Any]:
     """How demonstrations are made. Every field here seeds them."""
+    searched = method in ("sosp", "apr")
     return dict(
         method=method,
         beam_low=1,
@@ -156,10 +157,11 @@ def demonstrator(
         beam_high=beam_high,
         sub_beam_high=sub_beam_high,  # APR's children draw theirs from beam..sub_beam_high
         spawn_probability=spawn_probability,  # that an expanded node is judged promising
-        budget_fraction=0.0 if method in ("direct", "sos") else 0.5,  # share that states its budget in the prompt
+        budget_fraction=0.5 if searched else 0.0,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
-        heuristic="total" if preset not in LARGE else "paper",  # which children are best: a small model learns sums
+        heuristic="paper" if preset in LARGE else "near" if searched else "total",  # which children are best
+        cost_limit=6 if preset not in LARGE and searched else -1,  # explore all and keep what is near: no ranking
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
         depth=1,  # levels of threads below the root's (APR), at most limits.depth; the paper has one
         spawn_when="coin",  # or "large": a node is promising if its children have three or more numbers left

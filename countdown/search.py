@@ -7,6 +7,8 @@
      A goal met while listing ends the search. `fixed_order` lists them in order of
      generation instead, and spawns them in that order: a model need not guess it.
      `prunes` leaves out repeated states and children that cost more than the target.
+     `cost_limit` writes down every operation, and makes nodes of those alone that
+     lead near enough: a model then judges each by what it has just written.
   3. SoS is this search (`BreadthFirst`), or depth-first with pruning
      (`DepthFirst`). SoS+ (`Hybrid`) searches the children of a node in place
      where a coin says so; APR (`Parallel`) spawns them there as child threads,
@@ -71,6 +73,10 @@ def announce(node: Node, target: int) -> str:
     return f"Moving to Node #{node.id}\n{state_line(node, target)}"
 
 
+def explored(operation: str, numbers: list[int]) -> str:
+    return f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
+
+
 def spawn_block(nodes: list[str], level: int) -> str:
     """Text that starts a child thread per node."""
     starts = [f"<Start Sub Search {i} at level {level}> Moving to Node #{node}\n" for i, node in enumerate(nodes)]
@@ -91,6 +97,9 @@ class Search:
     fixed_order = False  # children are listed in order of generation, not in random order
     level = 0  # of the thread: searches around it
     prunes = False  # neither repeated states are listed, nor children that cost more than the target
+    # Where numbers are left, every operation is explored in order, and a new state that costs at most so much is
+    # generated, until there are `beam`. -1: only the best children are explored, and all of those are generated.
+    cost_limit = -1
 
     def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
         self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
@@ -128,14 +137,23 @@ class Search:
         if len(node.numbers) == 1:
             return [], None
         every = expand(node.numbers, self.target, self.heuristic)
-        options = best_first(every)
-        options = (pruned(options, self.target) if self.prunes else options)[: self.beam]
+        place = {id(option): number for number, option in enumerate(every)}  # an operation may come twice
+        if self.cost_limit >= 0 and len(node.numbers) > 2:
+            kept = pruned(every, self.cost_limit)[: self.beam]
+            options = every[: place[id(kept[-1])] + 1 if len(kept) == self.beam else None]
+        else:
+            options = best_first(every)
+            options = kept = (pruned(options, self.target) if self.prunes else options)[: self.beam]
+        chosen = {*map(id, kept)}
         if self.fixed_order:
-            options.sort(key=every.index)
+            options.sort(key=lambda option: place[id(option)])
         else:
             self.rng.shuffle(options)
         children: list[Node] = []
         for option in options:
+            if id(option) not in chosen:
+                self.lines.append(explored(*option[1:]))
+                continue
             leaf = len(option[2]) == 1
             child = self.write_child(node, 0 if leaf else len(children), option)
             if child.numbers == [self.target]:
@@ -150,7 +168,7 @@ class Search:
         cost, operation, numbers = option
         before = f"{node.operations}, " if node.operations else ""
         child = Node(f"{node.id},{number}", numbers, f"{before}'{operation}'", cost, "", node)
-        child.text = f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
+        child.text = explored(operation, numbers)
         if len(numbers) > 1:
             child.text += f"Generated Node #{child.id}: {self.target}:{numbers} Operation: {operation}\n"
         self.lines.append(child.text)
@@ -191,7 +209,7 @@ class Direct(Search):
         found = solutions(root.numbers, self.target, self.heuristic)
         path = next(found, None) if self.fixed_order else self.rng.choice([*found] or [None])
         for operation, numbers in path or ():
-            self.lines.append(f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n")
+            self.lines.append(explored(operation, numbers))
         if path is None:
             return None
         self.lines.append(f"{self.target},{self.target}{GOAL_TEXT}")
@@ -292,5 +310,5 @@ class Parallel(Hybrid):
             search = deep = Parallel(root, self.target, self.sub_beam, self.rng, self.probability, self.sub_beam)
             deep.depth, deep.spawn_when = self.depth, self.spawn_when
         search.level, search.fixed_order, search.prunes = level, self.fixed_order, self.prunes
-        search.heuristic = self.heuristic
+        search.heuristic, search.cost_limit = self.heuristic, self.cost_limit
         return search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Iterator
 
@@ -48,10 +49,10 @@ def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list
 
     "multiply" sums the distances of the numbers left to the nearest factor >= 2
     of the target; "sum" is the mean distance to the target. Both are SoS's.
-    "total" is the distance of the sum of the numbers left to the target.
+    "total" is the distance of the sum of the numbers left to the target, and "near" is `nearness`.
     """
-    by_total, near = heuristic == "total", _distances(heuristic, target)
-    costs = numbers if by_total else [near[value] if value <= target else value - target for value in numbers]
+    whole, near = WHOLE.get(heuristic), _distances(heuristic, target)
+    costs = [near[value] if value <= target else value - target for value in numbers]
     total = sum(costs)
     size = len(numbers) - 1 if heuristic == "sum" else 1
     children: list[Child] = []
@@ -59,12 +60,19 @@ def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list
         rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
         others = total - costs[i] - costs[j]
         for result, operation in combine(numbers[i], numbers[j]):
-            if by_total:
-                cost: float = abs(others + result - target)
-            else:
-                cost = (others + (near[result] if result <= target else result - target)) / size
-            children.append((cost, operation, [*rest, result]))
+            left = [*rest, result]
+            factors = (others + (near[result] if result <= target else result - target)) / size
+            children.append((whole(left, target) if whole else factors, operation, left))
     return children
+
+
+def nearness(numbers: list[int], target: int) -> int:
+    """Distance to the target of the nearest of: the sum of the numbers, their product, the largest less the others."""
+    total = sum(numbers)
+    return min(abs(value - target) for value in (total, math.prod(numbers), 2 * max(numbers) - total))
+
+
+WHOLE = {"near": nearness, "total": lambda numbers, target: abs(sum(numbers) - target)}  # costs of all numbers at once
 
 
 def best_first(children: list[Child]) -> list[Child]:
@@ -79,9 +87,9 @@ def _each_state_once(children: list[Child]) -> list[Child]:
     return [*first.values()]
 
 
-def pruned(children: list[Child], target: int) -> list[Child]:
-    """The children that cost at most the target (as in SoS depth-first), the first of each state alone."""
-    return [child for child in _each_state_once(children) if child[0] <= target]
+def pruned(children: list[Child], bound: float) -> list[Child]:
+    """The children that cost at most a bound (SoS depth-first: the target), the first of each state alone."""
+    return [child for child in _each_state_once(children) if child[0] <= bound]
 
 
 def solutions(numbers: list[int], target: int, heuristic: str = "multiply") -> Iterator[list[tuple[str, list[int]]]]:

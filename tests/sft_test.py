@@ -44,6 +44,7 @@ def tiny_config(**changes: int | float | str) -> ConfigDict:
         "problems.count": 4,
         "demonstrator.prune": False,
         "demonstrator.heuristic": "paper",
+        "demonstrator.cost_limit": -1,
         "optimizer.weight_decay": 0.01,
         "model.rope_theta": 10_000.0,
         "model.layers": 1,

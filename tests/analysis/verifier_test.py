@@ -1,6 +1,7 @@
 """Explanations of failures: each fault injected into a demonstration, right demonstrations, and arbitrary ids."""
 
 import copy
+import dataclasses
 import functools
 import json
 import pathlib
@@ -154,6 +155,14 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
             assert (fault.kind, fault.thread, fault.line) == (verifier.WRONG_STATE, (), given + 1)
             defects += 1
     assert defects == 5
+
+
+@pytest.mark.parametrize("method", ["apr", "sosp"])
+def test_an_operation_that_is_explored_and_not_kept_is_no_fault(method):
+    config = dataclasses.replace(CONFIGS[method], order="fixed", heuristic="near", cost_limit=6)
+    for index in range(100):
+        rollout = demonstration(FAMILIES[4], config, Countdown(TOKENIZER, method), "train", 0, index)
+        assert faults_of(rollout) == []
 
 
 @pytest.mark.parametrize("inherit", [False, True])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import random
 from fractions import Fraction
@@ -14,6 +15,7 @@ import solver
 from countdown import search
 from countdown.grader import Problem, grade_steps
 from countdown.language import GOAL_TEXT, Tokenizer, parse, render
+from countdown.states import nearness
 from countdown.task import Countdown
 from records import Call
 from solver import DemonstratorConfig, ProblemRange, demonstrate, problem
@@ -135,13 +137,16 @@ def test_reference_traces_are_reproduced_to_the_byte(method, missing_moves):
 def heuristic_by_definition(name, numbers, target):
     if name == "total":
         return abs(sum(numbers) - target)
+    if name == "near":
+        *rest, largest = sorted(numbers)
+        return min(abs(value - target) for value in (largest + sum(rest), largest - sum(rest), largest * math.prod(rest)))
     if name == "sum":
         return sum(abs(Fraction(x) - target) for x in numbers) / len(numbers)
     factors = [f for f in range(2, target + 1) if target % f == 0]
     return sum(min(abs(x - f) for f in factors) for x in numbers)
 
 
-@pytest.mark.parametrize("name", ["sum", "multiply", "total"])
+@pytest.mark.parametrize("name", ["sum", "multiply", "total", "near"])
 def test_expand_makes_every_legal_child_in_order_and_best_first_sorts_them(name):
     rng = random.Random(3)
     for _ in range(60):
@@ -175,7 +180,8 @@ def test_a_fixed_order_lists_the_same_children_in_order_of_generation_and_spawns
             trace = demonstrate(drawn, config, random.Random(i))
             lists.append([line.operation for line in parse(trace.calls[0]) if line.kind == "generate"])
         assert sorted(lists[0]) == sorted(lists[1])
-        assert [every.index(operation) for operation in lists[0]] == sorted(map(every.index, lists[0]))
+        left = iter(every)
+        assert all(operation in left for operation in lists[0])  # in this order
         moved += lists[0] != lists[1]
         nodes = [line.node for line in parse(demonstrate(drawn, fixed, random.Random(i)).calls[0]) if line.kind == "start"]
         assert nodes == [f"0,{child}" for child in range(len(nodes))]
@@ -201,10 +207,43 @@ def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target
     assert repeated > 20 and expensive > 20
 
 
+def test_nearness_by_hand():
+    assert nearness([6, 4], 24) == 0  # 6 * 4
+    assert nearness([7, 5], 24) == 11  # 35, and 12 is farther
+    assert nearness([17, 5], 24) == 2  # 17 + 5
+    assert nearness([30, 5], 24) == 1  # 30 - 5
+    assert nearness([12], 24) == 12
+    assert nearness([40, 9, 5], 24) == 2  # 40 - 9 - 5
+    assert nearness([2, 3, 5], 24) == 6  # 2 * 3 * 5
+
+
+@pytest.mark.parametrize(("method", "beam"), [("apr", 9), ("sosp", 9), ("apr", 2)])
+def test_with_a_cost_limit_all_is_explored_in_order_and_what_is_near_generated(method, beam):
+    """Of every node with three or more numbers, until there are as many new states as the beam."""
+    changes = dict(beam_low=beam, beam_high=beam, sub_beam_high=9, prune=True, order="fixed", heuristic="near", cost_limit=6)
+    config = dataclasses.replace(CONFIGS[method], **changes)
+    widths = []
+    for i in range(100):
+        drawn = problem(LAPTOP, "train", 3, i)
+        lines = parse(demonstrate(drawn, config, random.Random(i)).calls[0])
+        explored, generated, due = [], [], []
+        for line in itertools.takewhile(lambda line: line.kind in ("explore", "generate"), lines):
+            (explored if line.kind == "explore" else generated).append((line.operation, list(line.numbers)))
+        every = [(operation, left) for _, operation, left in search.expand(list(drawn.numbers), drawn.target)]
+        for number, (operation, left) in enumerate(every):
+            new = sorted(left) not in [sorted(other) for _, other in every[:number]]
+            due += [(operation, left)] if new and nearness(left, drawn.target) <= 6 else []
+        assert generated == due[:beam]
+        assert explored == (every if len(due) < beam else every[: every.index(due[beam - 1]) + 1])
+        widths.append(len(generated))
+    assert min(widths) <= 2 and (beam == 2 or max(widths) > 5)
+
+
+@pytest.mark.parametrize("heuristic", ["total", "near"])
 @pytest.mark.parametrize("method", ["apr", "sosp", "sos"])
-def test_by_total_every_thread_lists_the_children_whose_sum_is_nearest_to_the_target(method):
+def test_by_total_or_near_every_thread_lists_the_children_that_cost_least(method, heuristic):
     """Of every state that lists children; a goal ends its list early."""
-    config = dataclasses.replace(CONFIGS[method], beam_low=3, beam_high=3, sub_beam_high=3, order="fixed", heuristic="total")
+    config = dataclasses.replace(CONFIGS[method], beam_low=3, beam_high=3, sub_beam_high=3, order="fixed", heuristic=heuristic)
     lists = {0: 0, 1: 0}  # of roots and of children
     for i in range(60):
         drawn = problem(PAPER, "train", 3, i)
@@ -215,7 +254,7 @@ def test_by_total_every_thread_lists_the_children_whose_sum_is_nearest_to_the_ta
                 if line.kind != "state" or following[:2] != ["explore", "generate"] or "goal" in following:
                     continue
                 own = itertools.takewhile(lambda other: other.kind in ("explore", "generate"), lines[at + 1 :])
-                children = search.best_first(search.expand(list(line.numbers), drawn.target, "total"))
+                children = search.best_first(search.expand(list(line.numbers), drawn.target, heuristic))
                 listed = [other.operation for other in own if other.kind == "explore"]
                 if len(listed) == 3:  # depth first announces each child before its sibling
                     assert sorted(listed) == sorted(operation for _, operation, _ in children[:3])
@@ -300,7 +339,7 @@ def ways(numbers, target, states=()):
 def test_solutions_are_right_and_every_way_through_the_states_is_there_once():
     for index in range(150):
         drawn = problem(LAPTOP, "train", 3, index)
-        found = [*search.solutions(list(drawn.numbers), drawn.target, "total")]
+        found = [*search.solutions(list(drawn.numbers), drawn.target, "near")]
         assert all(grade_steps(drawn, [operation for operation, _ in path]).correct for path in found)
         states = [tuple(tuple(sorted(left)) for _, left in path) for path in found]
         assert sorted(states) == sorted({*ways([*drawn.numbers], drawn.target)})
@@ -372,7 +411,7 @@ def test_rendering_is_the_inverse_of_parsing_for_demonstrations():
 
 FIVE = ProblemRange(5, 1, 9, 10, 50)
 DEEP = DemonstratorConfig(
-    "apr", 3, 3, 3, 0.9, budget_fraction=0, token_bin=128, order="fixed", beam_low_without_budget=3, prune=True, heuristic="total"
+    "apr", 3, 3, 3, 0.9, budget_fraction=0, token_bin=128, order="fixed", beam_low_without_budget=3, prune=True, heuristic="near"
 )
 
 
