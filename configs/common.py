@@ -149,6 +149,7 @@ def demonstrator(
 ) -> dict[str, Any]:
     """How demonstrations are made. Every field here seeds them."""
     searched = method in ("sosp", "apr")
+    explores = searched and preset in ("laptop", "desktop")  # the rows of smoke are too short for it
     return dict(
         method=method,
         beam_low=1,
@@ -160,8 +161,8 @@ def demonstrator(
         budget_fraction=0.5 if searched else 0.0,  # share that states its budget in the prompt
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
-        heuristic="paper" if preset in LARGE else "near" if searched else "total",  # which children are best
-        cost_limit=6 if preset not in LARGE and searched else -1,  # explore all and keep what is near: no ranking
+        heuristic="near" if explores else "paper" if preset in LARGE else "total",  # which children are best
+        cost_limit=6 if explores else -1,  # explore all and keep what is near: a model then judges what it sees
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
         depth=1,  # levels of threads below the root's (APR), at most limits.depth; the paper has one
         spawn_when="coin",  # or "large": a node is promising if its children have three or more numbers left
