@@ -305,7 +305,7 @@ class _Reader:
     def _missed(self, node: str, numbers: Sequence[int]) -> bool:
         """Whether the best children in place of the wasted lines of a node would have been its only hope."""
         listed = self.listed[node]
-        if not self._hopeful(numbers) or any(map(self._hopeful, listed)):
+        if len(numbers) < 2 or not self._hopeful(numbers) or any(map(self._hopeful, listed)):
             return False
         best = dict.fromkeys(tuple(sorted(left)) for _, _, left in best_first(expand([*numbers], self.problem.target)))
         unlisted = [left for left in best if left not in {tuple(sorted(left)) for left in listed}]

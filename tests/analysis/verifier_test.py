@@ -157,6 +157,11 @@ def test_the_defect_of_the_released_parallel_traces_is_found():
     assert defects == 5
 
 
+def test_a_state_that_is_the_target_alone_has_no_better_child():
+    reader = verifier._Reader(PROBLEM, TOKENIZER, Thread((), [Call(0, [])]))
+    assert not reader._missed("0", [PROBLEM.target])
+
+
 @pytest.mark.parametrize("method", ["apr", "sosp"])
 def test_an_operation_that_is_explored_and_not_kept_is_no_fault(method):
     config = dataclasses.replace(CONFIGS[method], order="fixed", heuristic="near", cost_limit=6)
