@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from analysis.labels import label_of, rank
 from harness import results, stats
 from harness.cli import UsageError, usage_errors
-from harness.results import Evaluation, Folder
+from harness.results import AnyPath, Evaluation
 
 THREADS = {"child_returns": "path", "inherit_context": False}  # what is no ablation
 SAMPLING = {"top_k": 0, "top_p": 1.0}  # and no method of its own
@@ -35,7 +35,7 @@ class Log(typing.NamedTuple):
 # ---------------------------------------------------------------- reading
 
 
-def read_entries(path: Folder) -> list[Entry]:
+def read_entries(path: AnyPath) -> list[Entry]:
     """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
     with usage_errors():
         text = path.read_text(encoding="utf-8")
@@ -61,8 +61,8 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
     Raises UsageError if problems differ, or the parameters behind a label and training seed.
     """
     found: dict[str, Entry] = {}
-    first: dict[str, Folder] = {}  # set of problems -> a file of results on it
-    runs: dict[tuple[str, int], tuple[str, Folder]] = {}  # label and training seed -> parameters, and a file
+    first: dict[str, AnyPath] = {}  # set of problems -> a file of results on it
+    runs: dict[tuple[str, int], tuple[str, AnyPath]] = {}  # label and training seed -> parameters, and a file
     for folder in folders:
         paths = results.evaluations(pathlib.Path(folder))
         if not paths:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 # Parents that state a budget draw their beam from 1..beam_high; of small presets the others always take beam_high.
-# Children draw theirs from the parent's beam..sub_beam_high.
+# Children draw theirs from the parent's beam..sub_beam_high. With a cost limit a beam is the most that are kept.
 BEAMS = {
     "smoke": dict(beam_high=3, sub_beam_high=8),
     "laptop": dict(beam_high=8, sub_beam_high=8),

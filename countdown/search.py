@@ -133,7 +133,7 @@ class Search:
         return None
 
     def expand_node(self, node: Node) -> tuple[list[Node], Node | None]:
-        """Lists the best children; returns them best first, and the leaf that reached the goal."""
+        """Lists the best children, or those within the cost limit; returns them best first, and a leaf at the goal."""
         if len(node.numbers) == 1:
             return [], None
         every = expand(node.numbers, self.target, self.heuristic)

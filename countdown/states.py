@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 Child = tuple[float, str, list[int]]  # cost, operation, numbers left
 
@@ -25,45 +25,20 @@ def combine(a: int, b: int) -> tuple[tuple[int, str], ...]:
     return tuple(results)
 
 
-class _Distances(dict[int, int]):
-    """Distance of the values up to the target to what a heuristic likes, filled on demand.
-
-    Above the target the distance is value - target for both heuristics.
-    """
-
-    def __init__(self, heuristic: str, target: int):
-        small = [f for f in range(1, int(target**0.5) + 1) if target % f == 0] if heuristic == "multiply" else []
-        self.liked = {f for s in small for f in (s, target // s) if f > 1} | {target}
-
-    def __missing__(self, value: int) -> int:
-        self[value] = min(abs(value - liked) for liked in self.liked)
-        return self[value]
+@functools.lru_cache(maxsize=1024)
+def _large_factors(target: int) -> set[int]:
+    """The factors of a target above 1."""
+    small = [f for f in range(1, int(target**0.5) + 1) if target % f == 0]
+    return {f for s in small for f in (s, target // s) if f > 1} | {target}
 
 
-_distances = functools.lru_cache(maxsize=1024)(_Distances)
+@functools.lru_cache(maxsize=1 << 17)
+def _to_factor(number: int, target: int) -> int:
+    """Distance of a number to the nearest factor of the target above 1; beyond the target that is the target."""
+    return number - target if number > target else min(abs(number - factor) for factor in _large_factors(target))
+
+
 _PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
-
-
-def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[Child]:
-    """Every child of a state as (cost, operation, numbers left), in order of generation; low costs are good.
-
-    "multiply" sums the distances of the numbers left to the nearest factor >= 2
-    of the target; "sum" is the mean distance to the target. Both are SoS's.
-    "total" is the distance of the sum of the numbers left to the target, and "near" is `nearness`.
-    """
-    whole, near = WHOLE.get(heuristic), _distances(heuristic, target)
-    costs = [near[value] if value <= target else value - target for value in numbers]
-    total = sum(costs)
-    size = len(numbers) - 1 if heuristic == "sum" else 1
-    children: list[Child] = []
-    for i, j in _PAIRS[len(numbers)]:
-        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
-        others = total - costs[i] - costs[j]
-        for result, operation in combine(numbers[i], numbers[j]):
-            left = [*rest, result]
-            factors = (others + (near[result] if result <= target else result - target)) / size
-            children.append((whole(left, target) if whole else factors, operation, left))
-    return children
 
 
 def nearness(numbers: list[int], target: int) -> int:
@@ -72,7 +47,29 @@ def nearness(numbers: list[int], target: int) -> int:
     return min(abs(value - target) for value in (total, math.prod(numbers), 2 * max(numbers) - total))
 
 
-WHOLE = {"near": nearness, "total": lambda numbers, target: abs(sum(numbers) - target)}  # costs of all numbers at once
+# Costs of the numbers left. The first two are SoS's: distances to the nearest factor >= 2 of the target, added up, and
+# the mean distance to the target.
+COSTS: dict[str, Callable[[list[int], int], float]] = {
+    "multiply": lambda numbers, target: sum([_to_factor(number, target) for number in numbers]),
+    "sum": lambda numbers, target: sum(abs(number - target) for number in numbers) / len(numbers),
+    "total": lambda numbers, target: abs(sum(numbers) - target),
+    "near": nearness,
+}
+
+
+def expand(numbers: list[int], target: int, heuristic: str = "multiply") -> list[Child]:
+    """Every child of a state as (cost, operation, numbers left), in order of generation; low costs are good.
+
+    `heuristic` is one of `COSTS`.
+    """
+    cost = COSTS[heuristic]
+    children: list[Child] = []
+    for i, j in _PAIRS[len(numbers)]:
+        rest = numbers[:i] + numbers[i + 1 : j] + numbers[j + 1 :]
+        for result, operation in combine(numbers[i], numbers[j]):
+            left = [*rest, result]
+            children.append((cost(left, target), operation, left))
+    return children
 
 
 def best_first(children: list[Child]) -> list[Child]:

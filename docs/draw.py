@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from harness.results import opened
+from docs.fill import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT, LISTED, SPAWN, JOIN, REST, CHILD = "#BBBBBB", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
@@ -246,7 +246,7 @@ def headline() -> Figure:
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     for run, name, color in (("apr-desktop", "APR: threads", LISTED), ("sosp-desktop", "SoS+: one thread", CHILD)):
-        windows = json.loads((opened(ROOT / "pretrained" / run) / "eval.json").read_text())[0]["windows"]
+        windows = evaluation(run)["windows"]
         x = [int(window) for window in windows]
         y, low, high = np.asarray([*windows.values()]).T
         axes.plot(x, y, color=color, marker="o", linewidth=2)

@@ -15,7 +15,7 @@ import zipfile
 from harness.cli import UsageError
 from harness.stats import Estimate
 
-Folder = pathlib.Path | zipfile.Path
+AnyPath = pathlib.Path | zipfile.Path  # read alike
 
 
 @dataclasses.dataclass
@@ -121,21 +121,28 @@ def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
     return found
 
 
-def opened(run: pathlib.Path) -> Folder:
-    """The folder of a run, or the zip file that ships in its place."""
+def opened(run: pathlib.Path) -> AnyPath:
+    """The folder of a run, or the zip file that ships in its place. Raises UsageError on a damaged one."""
     packed = run.with_name(run.name + ".zip")
-    return zipfile.Path(packed) if packed.exists() and not run.exists() else run
+    return _unzipped(packed) if packed.exists() and not run.exists() else run
 
 
-def evaluations(folder: pathlib.Path) -> list[Folder]:
+def _unzipped(path: pathlib.Path) -> zipfile.Path:
+    try:
+        return zipfile.Path(path)
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it, or name another folder") from error
+
+
+def evaluations(folder: pathlib.Path) -> list[AnyPath]:
     """Every eval.json of a run or below a folder, those in zip files included."""
     if isinstance(root := opened(folder), zipfile.Path):
         return [root / "eval.json"]
-    packed = [zipfile.Path(path) / "eval.json" for path in sorted(root.rglob("*.zip"))]
-    return [*sorted(root.rglob("eval.json")), *packed]
+    packed = [_unzipped(path) / "eval.json" for path in sorted(root.rglob("*.zip"))]
+    return [*sorted(root.rglob("eval.json")), *filter(zipfile.Path.exists, packed)]
 
 
-def read_log(path: Folder) -> list[dict[str, typing.Any]]:
+def read_log(path: AnyPath) -> list[dict[str, typing.Any]]:
     """The lines of a metrics.jsonl. A kill may have cut the last one, which does not count.
 
     Raises UsageError that names the first line that is damaged.

@@ -245,6 +245,17 @@ def test_a_run_that_ships_as_a_zip_file_is_read_like_its_folder(tmp_path):
     assert choose.read_logs([str(packed)]) == choose.read_logs([str(whole)])
 
 
+def test_a_damaged_zip_file_is_named_and_one_of_something_else_left_alone(tmp_path):
+    write(tmp_path / "a", entry())
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("notes.txt", "")
+    assert len(choose.read_results([str(tmp_path)])) == 1
+    (tmp_path / "run.zip").write_bytes(b"PK")
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UsageError, match=r"run\.zip is damaged \(.*\): restore it, or name another folder"):
+            choose.read_results([str(folder)])
+
+
 def test_the_line_that_a_run_is_writing_does_not_count(tmp_path):
     (log,) = choose.read_logs([write_log(tmp_path, {"step": 1}, {"step": 2}, end="")])
     assert log.lines == [{"step": 1}]

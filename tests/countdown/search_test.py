@@ -217,6 +217,12 @@ def test_nearness_by_hand():
     assert nearness([2, 3, 5], 24) == 6  # 2 * 3 * 5
 
 
+@pytest.mark.parametrize("method", ["sos", "direct"])
+def test_a_method_that_explores_the_best_alone_takes_no_cost_limit(method):
+    with pytest.raises(ValueError, match=f"{method} explores the best children: cost_limit must be -1, not 6"):
+        dataclasses.replace(CONFIGS.get(method, DIRECT), cost_limit=6)
+
+
 @pytest.mark.parametrize(("method", "beam"), [("apr", 9), ("sosp", 9), ("apr", 2)])
 def test_with_a_cost_limit_all_is_explored_in_order_and_what_is_near_generated(method, beam):
     """Of every node with three or more numbers, until there are as many new states as the beam."""
