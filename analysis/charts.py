@@ -90,7 +90,7 @@ def compute(entries: Sequence[Entry]) -> Chart:
 def context(entries: Sequence[Entry]) -> Chart:
     """Accuracy if only rollouts counted that fit a context window (paper, figure 4b)."""
     panels: dict[str, list[Line]] = {}
-    threads = [e for e in requested(entries, "children", 0) if e.label == "APR budget" and e.temperature == 0]
+    threads = [e for e in requested(entries, "children", 0) if e.label == "APR" and e.temperature == 0]
     for title, chosen in (("no budget in the prompt", free(entries, 0.0)), ("children requested", threads)):
         for e in chosen:
             kind = e.budget if chosen is threads else ""

@@ -138,10 +138,13 @@ def policy(entry: Entry) -> tuple[str, str, float]:
 
 
 def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seeds if any."""
+    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seeds if any.
+
+    "X RL fixed" is compared with "X" as well.
+    """
     pairs = []
-    for after in (e for e in whole(entries) if e.label.endswith(" RL")):
-        wanted = (after.label.removesuffix(" RL"), after.temperature, after.budget)
+    for after in (e for e in whole(entries) if " RL" in e.label):
+        wanted = (after.label.partition(" RL")[0], after.temperature, after.budget)
         before = [e for e in whole(entries) if (e.label, e.temperature, e.budget) == wanted]
         if before:
             seeds = ("training_seed", "seed")

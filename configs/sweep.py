@@ -65,14 +65,14 @@ def get_config(preset: str = "laptop") -> ConfigDict:
         (("Direct",), {**at(1.0), "evaluation.samples": (256,)}),  # of about a tenth of the tokens
         (trained, alone),
         (("APR sequential",), {**alone, "sampler.rows": (2,), "sampler.workers": (1,)}),
-        (("APR budget", "APR budget RL"), {**at(0.0), "budget.children": budgets.children}),
-        (("APR budget", "APR budget RL"), {**at(0.5, 1.0), "budget.children": budgets.children[-1:]}),
-        (("SoS+ budget",), {"budget.tokens": budgets.tokens}),
+        (("APR",), {**at(0.0), "budget.children": budgets.children}),
+        (("APR", "APR RL fixed"), {**at(0.0, 0.5, 1.0), "budget.children": budgets.children[-1:]}),
+        (("SoS+",), {**at(0.0), "budget.tokens": budgets.tokens}),
         (pair, {"limits.thread_tokens": budgets.cuts, "limits.forced_answer_tokens": (96,)}),
         (pair, {"limits.min_budget_rounds": budgets.min_budget_rounds}),
         (("APR",), {"threads.child_returns": ("text",)}),
         (("APR",), {"threads.inherit_context": (True,)}),
-        (("APR text", "APR inherit", "SoS+ wide"), {}),
+        (("APR text", "APR inherit"), {}),
     ]
 
     def workdir(label: str) -> str:

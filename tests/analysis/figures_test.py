@@ -79,7 +79,7 @@ def as_json(value):
     return evaluation.evaluation_json(value) if isinstance(value, Evaluation) else value
 
 
-def children_requested(count, label="APR budget", **fields):
+def children_requested(count, label="APR", **fields):
     adherence = {"asked": [count, count], "used": count - 0.5, "within": 0.75}
     return entry(label, budget=f"{count} children requested", requested={"children": count}, adherence=adherence, **fields)
 
@@ -285,7 +285,7 @@ def test_compute_by_hand():
     assert bare(chart.panels[""]) == [
         ("SoS+", "majority of k", [(200, 0.5), (400, 0.55)]),
         ("SoS+", "any of k", [(200, 0.5), (400, 0.7)]),
-        ("APR budget", "budget requested", [at(90), at(120), at(150)]),
+        ("APR", "budget requested", [at(90), at(120), at(150)]),
         ("APR", "greedy", [at(300)]),
     ]
     assert chart.panels[""][1].points[1] == pytest.approx((400, 0.7, 0.6, 0.8))
@@ -302,20 +302,22 @@ def test_budgets_at_two_temperatures_are_two_lines():
 
 
 def test_context_windows_by_hand():
-    entries = [entry(), entry("SoS", temperature=1.0), children_requested(10), children_requested(2), children_requested(2, "APR budget RL")]
+    entries = [entry(), entry("SoS", temperature=1.0), children_requested(10), children_requested(2), children_requested(2, "APR RL fixed")]
     chart = charts.context(entries)
     points = [(128, 0.1, 0.0, 0.2), (512, 0.5, 0.4, 0.6)]
     assert chart.panels == {
         "no budget in the prompt": [Line("APR", "", points)],
-        "children requested": [Line("APR budget", "2 children requested", points), Line("APR budget", "10 children requested", points)],
+        "children requested": [Line("APR", "2 children requested", points), Line("APR", "10 children requested", points)],
     }
     assert chart.kinds["2 children requested"]["alpha"] < chart.kinds["10 children requested"]["alpha"] == 1
 
 
 def test_rl_pairs_the_same_temperature_and_budget():
     entries = [entry(total_tokens=100), entry(temperature=1.0), entry("APR RL", total_tokens=150), entry("SoS+ RL")]
-    entries += [children_requested(2), children_requested(3, "APR budget RL")]
+    entries += [children_requested(2), children_requested(3, "APR RL fixed")]
     assert choose.rl_pairs(entries) == [(entries[0], entries[2])]
+    fixed = children_requested(2, "APR RL fixed")
+    assert choose.rl_pairs([*entries, fixed])[1:] == [(entries[4], fixed)]
     chart = charts.rl(entries)
     assert bare(chart.panels["temperature 0"]) == [
         ("APR", ARROW, [at(100), at(150)]),
@@ -464,12 +466,12 @@ def test_ablation_table_by_hand():
     rows = rows_of(tables.ablation_table(entries))
     assert [(row["method"], row["requested or changed"]) for row in rows] == [
         ("APR", "no budget"),
+        ("APR", "3 children requested"),
         ("APR", "child_returns: text"),
         ("APR", "inherit_context: True"),
-        ("APR budget", "3 children requested"),
     ]
-    assert rows[0]["share within the budget"] == "" and rows[3]["share within the budget"] == "0.75"
-    assert rows[3]["mean use of it"] == "2.5" and rows[0]["total tokens"] == "100 ± 0"
+    assert rows[0]["share within the budget"] == "" and rows[1]["share within the budget"] == "0.75"
+    assert rows[1]["mean use of it"] == "2.5" and rows[0]["total tokens"] == "100 ± 0"
 
 
 def test_forcing_table_by_hand():
