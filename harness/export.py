@@ -3,6 +3,7 @@
     python -m harness.export --workdir=runs/apr --output=exported/apr
         --dtype=bfloat16     # half the size; parameters are rounded
         --shard_mb=15        # files of at most 15 MB (of 1,000,000 bytes each)
+    python -m harness.export --workdir=runs/apr-1 --output=pretrained/evidence.zip    # config, log and evaluation alone
 
   1. Read the run's config and its best parameters.
   2. Write them as `harness.huggingface.save` says, whole or not at all.
@@ -23,6 +24,7 @@ from harness import huggingface
 from harness.build import build
 from harness.cli import UsageError, usage_errors
 from harness.processes import launch
+from harness.results import add_evidence
 from harness.workdir import load_best, read_config
 
 
@@ -31,6 +33,11 @@ def main(_: list[str]) -> None:
     args = flags.FLAGS
     if args.workdir is None or args.output is None:
         raise UsageError("say what to export and where to: --workdir=RUN --output=FOLDER")
+    if args.output.endswith(".zip"):
+        with usage_errors():
+            names = add_evidence(pathlib.Path(args.workdir), pathlib.Path(args.output))
+        print(json.dumps({"output": args.output, "added": names}))
+        return
     recipe = read_config(args.workdir)
     with usage_errors():
         config = ConfigDict(recipe)
@@ -59,7 +66,7 @@ def main(_: list[str]) -> None:
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "The run to export, or an exported folder to convert.")
-    flags.DEFINE_string("output", None, "The folder to write: a new or an empty one.")
+    flags.DEFINE_string("output", None, "The folder to write: a new or an empty one; or a zip file to add evidence to.")
     dtypes = [kind.name for kind in huggingface.DTYPES.values()]
     flags.DEFINE_enum("dtype", "float32", dtypes, "How numbers are stored.")
     flags.DEFINE_integer("shard_mb", None, "Largest file of arrays, in MB (default: one file).", lower_bound=1)

@@ -1,21 +1,25 @@
 """What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX.
 
-A run that ships without its parameters is a zip file of its config.json, eval.json and metrics.jsonl.
+Runs that ship without their parameters share one zip file, evidence.zip: NAME/config.json, eval.json, metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pathlib
 import types
 import typing
 import zipfile
 
+from harness import files
 from harness.cli import UsageError
 from harness.stats import Estimate
 
 AnyPath = pathlib.Path | zipfile.Path  # read alike
+EVIDENCE = "evidence.zip"
+KEPT = ("config.json", "eval.json", "metrics.jsonl")  # what it keeps of a run
 
 
 @dataclasses.dataclass
@@ -122,9 +126,9 @@ def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
 
 
 def opened(run: pathlib.Path) -> AnyPath:
-    """The folder of a run, or the zip file that ships in its place. Raises UsageError on a damaged one."""
-    packed = run.with_name(run.name + ".zip")
-    return _unzipped(packed) if packed.exists() and not run.exists() else run
+    """The folder of a run, or its part of the evidence beside it. Raises UsageError if that is damaged."""
+    packed = run.with_name(EVIDENCE)
+    return _unzipped(packed) / f"{run.name}/" if packed.exists() and not run.exists() else run
 
 
 def _unzipped(path: pathlib.Path) -> zipfile.Path:
@@ -135,11 +139,33 @@ def _unzipped(path: pathlib.Path) -> zipfile.Path:
 
 
 def evaluations(folder: pathlib.Path) -> list[AnyPath]:
-    """Every eval.json of a run or below a folder, those in zip files included."""
-    if isinstance(root := opened(folder), zipfile.Path):
-        return [root / "eval.json"]
-    packed = [_unzipped(path) / "eval.json" for path in sorted(root.rglob("*.zip"))]
-    return [*sorted(root.rglob("eval.json")), *filter(zipfile.Path.exists, packed)]
+    """Every eval.json of a run or below a folder, those of its evidence included."""
+    packed = [run for path in sorted(folder.rglob(EVIDENCE)) for run in _unzipped(path).iterdir()]
+    runs = [opened(folder), *sorted(packed, key=str)]
+    found = [path for path in sorted(folder.rglob("eval.json")) if path.parent != folder]
+    return [*(run / "eval.json" for run in runs if (run / "eval.json").exists()), *found]
+
+
+def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
+    """Puts config, evaluation and log of a run into a zip file, in place of what it held under the run's name.
+
+    Returns the names written. The same runs give the same bytes. Raises UsageError if the file is damaged, or if the
+    run has no evaluation.
+    """
+    kept: dict[str, bytes] = {}
+    if path.exists():
+        _unzipped(path)
+        with zipfile.ZipFile(path) as old:
+            kept = {name: old.read(name) for name in old.namelist() if not name.startswith(f"{run.name}/")}
+    new = {f"{run.name}/{name}": (run / name).read_bytes() for name in KEPT if (run / name).exists()}
+    if f"{run.name}/eval.json" not in new:
+        raise UsageError(f"{run} has no eval.json: evaluate it first")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for name, data in sorted((kept | new).items()):
+            file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+    files.replace(path, buffer.getvalue())
+    return [*new]
 
 
 def read_log(path: AnyPath) -> list[dict[str, typing.Any]]:

@@ -13,7 +13,7 @@ from analysis import charts, choose, figures, labels, tables
 from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, Line
 from analysis.choose import Log
 from configs import apr, sweep
-from harness import evaluation, stats
+from harness import evaluation, results, stats
 from harness.build import build
 from harness.cli import UsageError
 from harness.results import Evaluation, Result
@@ -231,18 +231,45 @@ def test_logs_are_labelled_as_in_the_sweep(tmp_path):
     assert [log.label for log in logs] == ["APR RL", "SoS+ RL", str(folders[2]), str(folders[3])]
 
 
-def test_a_run_that_ships_as_a_zip_file_is_read_like_its_folder(tmp_path):
+def test_evidence_of_a_run_is_read_like_its_folder(tmp_path):
     whole = tmp_path / "whole" / "grpo-apr"
     write(whole, entry())
     write_log(whole, {"step": 1})
     packed = tmp_path / "packed" / "grpo-apr"
     packed.parent.mkdir()
-    with zipfile.ZipFile(f"{packed}.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for path in whole.iterdir():
-            file.write(path, path.name)
+    evidence = packed.with_name("evidence.zip")
+    results.add_evidence(whole, evidence)
     expected = choose.read_results([str(whole)])
     assert len(expected) == 1 and choose.read_results([str(packed)]) == choose.read_results([str(packed.parent)]) == expected
     assert choose.read_logs([str(packed)]) == choose.read_logs([str(whole)])
+
+
+def test_evidence_is_added_to_replaced_and_the_same_bytes_each_time(tmp_path):
+    first, second = (tmp_path / name for name in ("apr", "sosp"))
+    write(first, entry(total_tokens=1)), write(second, entry("SoS+"))
+    evidence = tmp_path / "packed" / "evidence.zip"
+    evidence.parent.mkdir()
+    assert results.add_evidence(first, evidence) == ["apr/eval.json"]
+    results.add_evidence(second, evidence)
+    before = evidence.read_bytes()
+    write(first, entry(total_tokens=2))
+    results.add_evidence(first, evidence)
+    assert [e.total_tokens for e in choose.read_results([str(evidence.parent)])] == [100, 2]
+    write(first, entry(total_tokens=1))
+    results.add_evidence(first, evidence)
+    assert evidence.read_bytes() == before
+
+
+def test_evidence_that_cannot_be_added_leaves_the_file_as_it_was(tmp_path):
+    evidence = tmp_path / "evidence.zip"
+    with pytest.raises(UsageError, match=r"apr has no eval\.json: evaluate it first"):
+        results.add_evidence(tmp_path / "apr", evidence)
+    assert not evidence.exists()
+    evidence.write_bytes(b"PK")
+    write(tmp_path / "apr", entry())
+    with pytest.raises(UsageError, match=r"evidence\.zip is damaged"):
+        results.add_evidence(tmp_path / "apr", evidence)
+    assert evidence.read_bytes() == b"PK"
 
 
 def test_a_damaged_zip_file_is_named_and_one_of_something_else_left_alone(tmp_path):
@@ -250,9 +277,9 @@ def test_a_damaged_zip_file_is_named_and_one_of_something_else_left_alone(tmp_pa
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("notes.txt", "")
     assert len(choose.read_results([str(tmp_path)])) == 1
-    (tmp_path / "run.zip").write_bytes(b"PK")
+    (tmp_path / "evidence.zip").write_bytes(b"PK")
     for folder in (tmp_path, tmp_path / "run"):
-        with pytest.raises(UsageError, match=r"run\.zip is damaged \(.*\): restore it, or name another folder"):
+        with pytest.raises(UsageError, match=r"evidence\.zip is damaged \(.*\): restore it, or name another folder"):
             choose.read_results([str(folder)])
 
 
