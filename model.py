@@ -15,7 +15,7 @@ and padding (until = j + 1).
 Attention of whole rows (the training path) is written for the cache of a CPU and
 the memory of an accelerator, after FlashAttention (arXiv 2205.14135): queries
 are cut into a few blocks, a block looks only at the keys up to its own end, and
-the backward pass computes the probabilities again from q, k and the log-sum-exp.
+the backward pass computes the probabilities again (`jax.checkpoint`).
 
 Deviation from the paper, which is the same Llama: the initial weights. Embeddings are scaled to
 unit size, the output matrices of attention and MLP by 1 / sqrt(2 L). Try it: `python -m benchmarks.train`.
@@ -40,13 +40,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from checks import Checked, above, at_least, one_of, require, within
 from kernels.scan_layers import scan_layers
-from kernels.until_attention import HIDDEN, differentiable, until_attention
+from kernels.until_attention import HIDDEN, until_attention
 
 NORM_EPSILON = 1e-6
+KEPT = "kept"  # what attention keeps for its backward pass: outputs, and the largest and summed scores
 QUERY_BLOCKS = 8  # per row: more skip more of what lies in the future, and make smaller matrix products
 
 
@@ -129,65 +131,35 @@ def attend_parts(q_RTNH: Array, parts: Sequence[tuple[Array, Array, Array]]) -> 
     return (o_RTKGH / total_RTKG1).reshape(R, T, N, H).astype(q_RTNH.dtype)
 
 
-def _query_blocks(length: int) -> list[slice]:
+def _query_blocks(length: int) -> list[tuple[int, int]]:
     """Blocks of queries. The block [start, stop) needs the keys [0, stop): eight blocks skip 44 % of the square."""
     size = -(-length // QUERY_BLOCKS)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _block_scores(q_GTH: Array, k_TH: Array, until_T: Array, block: slice) -> Array:
-    """Scores float32 [G, block, stop] of one block of queries; what it may not see is HIDDEN."""
-    s_GQS = jnp.einsum("GQH,SH->GQS", q_GTH[:, block], k_TH[: block.stop], preferred_element_type=jnp.float32)
-    i, j = jnp.arange(block.start, block.stop)[:, None], jnp.arange(block.stop)[None, :]
-    return jnp.where(((j <= i) & (i < until_T[None, : block.stop]))[None], s_GQS, HIDDEN)
+def _attend_block(q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array, start: int, stop: int) -> Array:
+    """Queries start..stop over the keys up to their end: o [G, stop - start, H]. k and v are float32."""
+    q_GQH, k_SH, v_SH = q_GTH[:, start:stop], k_TH[:stop].astype(q_GTH.dtype), v_TH[:stop].astype(q_GTH.dtype)
+    s_GQS = jnp.einsum("GQH,SH->GQS", q_GQH, k_SH, preferred_element_type=jnp.float32)
+    i, j = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
+    s_GQS = jnp.where(((j <= i) & (i < until_T[None, :stop]))[None], s_GQS, HIDDEN)
+    p_GQS = jnp.exp(s_GQS - checkpoint_name(jax.lax.stop_gradient(s_GQS.max(axis=-1, keepdims=True)), KEPT))
+    total_GQ1 = checkpoint_name(p_GQS.sum(axis=-1, keepdims=True), KEPT)
+    o_GQH = jnp.einsum("GQS,SH->GQH", p_GQS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
+    return (checkpoint_name(o_GQH, KEPT) / total_GQ1).astype(q_GTH.dtype)
 
 
-def _head_forward(q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array) -> tuple[Array, Array]:
-    """One kv head of one row: o [G, T, H] and the log-sum-exp of the scores, float32 [G, T, 1]."""
-    outputs, logsums = [], []
-    for block in _query_blocks(k_TH.shape[0]):
-        s_GQS = _block_scores(q_GTH, k_TH, until_T, block)
-        top_GQ1 = s_GQS.max(axis=-1, keepdims=True)
-        p_GQS = jnp.exp(s_GQS - top_GQ1)
-        total_GQ1 = p_GQS.sum(axis=-1, keepdims=True)
-        v_SH = v_TH[: block.stop]
-        o_GQH = jnp.einsum("GQS,SH->GQH", p_GQS.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
-        outputs.append((o_GQH / total_GQ1).astype(q_GTH.dtype))
-        logsums.append(top_GQ1 + jnp.log(total_GQ1))
-    return jnp.concatenate(outputs, axis=1), jnp.concatenate(logsums, axis=1)
-
-
-def _head_backward(
-    q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array, o_GTH: Array, logsum_GT1: Array, do_GTH: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v of one kv head of one row. Probabilities are computed again, block by block.
-
-    With s = q k^T, p = exp(s - logsum) and o = p v:  dv = p^T do,  dp = do v^T,  ds = p (dp - sum(o do)),  dq = ds k,
-    dk = ds^T q. The sum over the head (`inner`) is the term that the softmax Jacobian adds.
-    """
-    f32 = jnp.float32
-    inner_GT1 = jnp.sum(o_GTH.astype(f32) * do_GTH.astype(f32), axis=-1, keepdims=True)
-    dqs, dk_TH, dv_TH = [], jnp.zeros(k_TH.shape, f32), jnp.zeros(v_TH.shape, f32)
-    for block in _query_blocks(k_TH.shape[0]):
-        seen = slice(block.stop)
-        q_GQH, do_GQH, k_SH = q_GTH[:, block], do_GTH[:, block], k_TH[seen]
-        p_GQS = jnp.exp(_block_scores(q_GTH, k_TH, until_T, block) - logsum_GT1[:, block])
-        dp_GQS = jnp.einsum("GQH,SH->GQS", do_GQH, v_TH[seen], preferred_element_type=f32)
-        ds_GQS = (p_GQS * (dp_GQS - inner_GT1[:, block])).astype(k_TH.dtype)
-        p_GQS = p_GQS.astype(v_TH.dtype)
-        dqs.append(jnp.einsum("GQS,SH->GQH", ds_GQS, k_SH))
-        dk_TH = dk_TH.at[seen].add(jnp.einsum("GQS,GQH->SH", ds_GQS, q_GQH, preferred_element_type=f32))
-        dv_TH = dv_TH.at[seen].add(jnp.einsum("GQS,GQH->SH", p_GQS, do_GQH, preferred_element_type=f32))
-    return jnp.concatenate(dqs, axis=1), dk_TH.astype(k_TH.dtype), dv_TH.astype(v_TH.dtype)
-
-
-# The same over kv heads (which share `until`) and then over rows.
-_rows_forward = jax.vmap(jax.vmap(_head_forward, in_axes=(0, 0, 0, None)))
-_rows_backward = jax.vmap(jax.vmap(_head_backward, in_axes=(0, 0, 0, None, 0, 0, 0)))
+def _attend_head(q_GTH: Array, k_TH: Array, v_TH: Array, until_T: Array) -> Array:
+    """One kv head of one row: o [G, T, H]. The backward pass computes the scores again, block by block."""
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    block = jax.checkpoint(_attend_block, static_argnums=(4, 5), policy=policy)
+    k, v = k_TH.astype(jnp.float32), v_TH.astype(jnp.float32)  # so that the gradients of the blocks add up in float32
+    outputs = [block(q_GTH, k, v, until_T, start, stop) for start, stop in _query_blocks(k_TH.shape[0])]
+    return jnp.concatenate(outputs, axis=1)
 
 
 # attend_rows(q [R, K, G, T, H], k, v [R, K, T, H], until [R, T]) -> o [R, K, G, T, H]. q comes scaled.
-attend_rows = differentiable(_rows_forward, _rows_backward)
+attend_rows = jax.vmap(jax.vmap(_attend_head, in_axes=(0, 0, 0, None)))
 
 
 class RMSNorm(nn.Module):
