@@ -140,10 +140,12 @@ def _unzipped(path: pathlib.Path) -> zipfile.Path:
 
 def evaluations(folder: pathlib.Path) -> list[AnyPath]:
     """Every eval.json of a run or below a folder, those of its evidence included."""
-    packed = [run for path in sorted(folder.rglob(EVIDENCE)) for run in _unzipped(path).iterdir()]
-    runs = [opened(folder), *sorted(packed, key=str)]
-    found = [path for path in sorted(folder.rglob("eval.json")) if path.parent != folder]
-    return [*(run / "eval.json" for run in runs if (run / "eval.json").exists()), *found]
+    archives = [_unzipped(path) for path in sorted(folder.rglob(EVIDENCE))]
+    packed = [run for archive in archives for run in archive.iterdir()]
+    if isinstance(root := opened(folder), zipfile.Path):
+        packed.append(root)
+    in_archives = [run / "eval.json" for run in packed]
+    return [*sorted(folder.rglob("eval.json")), *filter(zipfile.Path.exists, in_archives)]
 
 
 def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:

@@ -32,34 +32,7 @@ BLOCK = 64  # queries and keys of a block
 HIDDEN = -1e30  # score of what must not be seen; finite, so that a query that sees nothing stays free of NaN
 WARPS, STAGES = 4, 2  # per kernel; not tuned
 F32 = jnp.float32
-
-
 Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, until, o, log-sum-exp
-
-
-def differentiable(forward: typing.Callable, backward: typing.Callable) -> typing.Callable:
-    """attend(q, k, v, until) -> o, from its two passes.
-
-    `forward(q, k, v, until)` returns o and the log-sum-exp of the scores, which are kept.
-    `backward(q, k, v, until, o, logsum, do)` returns the gradients of q, k and v.
-    """
-
-    @jax.custom_vjp
-    def attend(q: Array, k: Array, v: Array, until: Array) -> Array:
-        """Attention within whole rows, visibility by `until`."""
-        return forward(q, k, v, until)[0]
-
-    def keep(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, Saved]:
-        """The forward pass, and what the backward pass needs of it."""
-        o, logsum = forward(q, k, v, until)
-        return o, (q, k, v, until, o, logsum)
-
-    def gradients(saved: Saved, do: Array) -> tuple[Array, Array, Array, None]:
-        """The backward pass."""
-        return *backward(*saved, do), None  # `until` is an integer
-
-    attend.defvjp(keep, gradients)
-    return attend
 
 
 class _Plan(typing.NamedTuple):
@@ -241,7 +214,21 @@ def _run_backward(
     return dq.reshape(q_RKGTH.shape), dk, dv
 
 
-_attend = differentiable(_run_forward, _run_backward)
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, until: Array) -> Array:
+    return _run_forward(q, k, v, until)[0]
+
+
+def _keep(q: Array, k: Array, v: Array, until: Array) -> tuple[Array, Saved]:
+    o, logsum = _run_forward(q, k, v, until)
+    return o, (q, k, v, until, o, logsum)
+
+
+def _gradients(saved: Saved, do: Array) -> tuple[Array, Array, Array, None]:
+    return *_run_backward(*saved, do), None  # `until` is an integer
+
+
+_attend.defvjp(_keep, _gradients)
 
 
 def until_attention(q_RKGTH: Array, k_RKTH: Array, v_RKTH: Array, until_RT: Array) -> Array:

@@ -10,6 +10,7 @@ import pathlib
 import random
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 
 import jax
@@ -474,6 +475,17 @@ def test_the_command_writes_what_save_does_and_says_so(smoke_run, exported, comm
     sizes = {name: len(data) for name, data in contents(exported).items()}
     assert said == {"output": str(tmp_path / "out"), "files": len(sizes), "bytes": sum(sizes.values())}
     assert all(f"{size:,} bytes  {name}" in ended.out for name, size in sizes.items())
+
+
+def test_into_a_zip_file_the_command_puts_evidence(smoke_run, command: Callable, tmp_path):
+    ended = command(export, f"--workdir={smoke_run.path}", f"--output={tmp_path / 'evidence.zip'}")
+    assert ended.status == 0, ended.err
+    names = [f"{smoke_run.path.name}/{name}" for name in ("config.json", "eval.json", "metrics.jsonl")]
+    assert json.loads(ended.out.splitlines()[-1]) == {"output": str(tmp_path / "evidence.zip"), "added": names}
+    with zipfile.ZipFile(tmp_path / "evidence.zip") as file:
+        assert {name: file.read(name) for name in file.namelist()} == {
+            name: (smoke_run.path.parent / name).read_bytes() for name in names
+        }
 
 
 def test_an_exported_folder_converts_to_shards_of_bfloat16(exported, command: Callable, tmp_path):
