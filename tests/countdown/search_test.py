@@ -209,12 +209,12 @@ def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target
 
 def test_nearness_by_hand():
     assert nearness([6, 4], 24) == 0  # 6 * 4
-    assert nearness([7, 5], 24) == 11  # 35, and 12 is farther
+    assert nearness([7, 5], 24) == pytest.approx(6.6)  # 0.6 of 35 - 24, and 12 is farther
     assert nearness([17, 5], 24) == 2  # 17 + 5
     assert nearness([30, 5], 24) == 1  # 30 - 5
-    assert nearness([12], 24) == 12
+    assert nearness([12], 24) == pytest.approx(7.2)  # its product; as a sum it costs 12
     assert nearness([40, 9, 5], 24) == 2  # 40 - 9 - 5
-    assert nearness([2, 3, 5], 24) == 6  # 2 * 3 * 5
+    assert nearness([2, 3, 5], 24) == pytest.approx(3.6)  # 0.6 of 30 - 24
 
 
 @pytest.mark.parametrize("method", ["sos", "direct"])
