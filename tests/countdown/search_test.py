@@ -139,7 +139,8 @@ def heuristic_by_definition(name, numbers, target):
         return abs(sum(numbers) - target)
     if name == "near":
         *rest, largest = sorted(numbers)
-        return min(abs(value - target) for value in (largest + sum(rest), largest - sum(rest), largest * math.prod(rest)))
+        product = Fraction(3, 5) * abs(largest * math.prod(rest) - target)
+        return min(abs(largest + sum(rest) - target), abs(largest - sum(rest) - target), product)
     if name == "sum":
         return sum(abs(Fraction(x) - target) for x in numbers) / len(numbers)
     factors = [f for f in range(2, target + 1) if target % f == 0]
