@@ -56,8 +56,8 @@ def _stop(number: int, _: typing.Any) -> typing.NoReturn:
     raise Stopped(number)
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error of another package, on one line and not too long."""
+def one_line(error: Exception | str) -> str:
+    """The message of an error of another package, or what a user wrote, on one line and not too long."""
     return " ".join(str(error).split())[:200]
 
 
@@ -136,10 +136,10 @@ def _config_errors() -> Iterator[None]:
         named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
         if not named:
             given = ", ".join(arg for arg in sys.argv[1:] if "config" in arg) or "the config"
-            raise UsageError(f"{given} cannot be read ({one_line(error)})") from error
+            raise UsageError(f"{one_line(given)} cannot be read ({one_line(error)})") from error
         guess = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f": did you mean {guess[1]}?" if guess else ": configs/ lists them"
-        raise UsageError(f"the config has no field {named[0][2:].partition('=')[0]}{hint}") from error
+        raise UsageError(f"the config has no field {one_line(named[0][2:].partition('=')[0])}{hint}") from error
 
 
 def _fail(message: str, status: int = 2) -> typing.NoReturn:

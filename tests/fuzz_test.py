@@ -39,7 +39,7 @@ from records import Call, Thread, stored
 from train_state import init_params
 
 SECONDS = 20.0  # most of one case, on a busy machine
-CASES = {"overrides": (40, 2_000), "problems": (150, 40_000), "traces": (60, 8_000), "exported": (40, 10_000), "grammar": (250, 140_000)}
+CASES = {"overrides": (80, 2_000), "problems": (150, 40_000), "traces": (60, 8_000), "exported": (40, 10_000), "grammar": (250, 140_000)}
 Case = Callable[[random.Random], object]
 ALLOWED = (UsageError, MalformedSpawn)
 
