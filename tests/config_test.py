@@ -172,7 +172,7 @@ def tiny_batch(rows: int, length: int, vocabulary: int) -> TokenBatch:
 @pytest.mark.parametrize(
     ("preset", "mesh"), [("gpu", (1, 1, 1)), ("paper", (2, 2, 2))], ids=["gpu", "paper-on-a-2x2x2-mesh"]
 )
-def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
+def test_a_large_preset_takes_a_step(preset, mesh):
     """One of its layers and a fraction of its batch: all else, widths, mesh and bfloat16 included, is as configured."""
     config = apr.get_config(preset)
     config.model.layers = 1
@@ -196,7 +196,7 @@ def test_a_large_preset_takes_a_step(preset, mesh, compilation_cache):
 # ------------------------------------------------------------------- every field is read
 
 
-def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch, compilation_cache):
+def test_every_field_of_a_supervised_recipe_is_read(tmp_path, monkeypatch):
     """Trains and evaluates for a step, watching which fields of which section are asked for."""
     config = apr.get_config("smoke")
     config.update_from_flattened_dict(

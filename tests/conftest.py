@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jax
 import pytest
 from absl import app, flags
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
 from harness import processes
 
@@ -30,29 +30,13 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """An empty compilation cache for this session, so that no run of the tests leans on an earlier one."""
-    path = tmp_path_factory.mktemp("jax_cache")
-    settings = {"jax_compilation_cache_dir": str(path), "jax_persistent_cache_min_compile_time_secs": 0.1}
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
-        for values in (settings, before):
-            compilation_cache_module.reset_cache()  # else the directory of the first compilation stays
-            for name, value in values.items():
-                jax.config.update(name, value)
-            if values is settings:
-                yield path
-
-
-@pytest.fixture(scope="session")
-def environment(compilation_cache: pathlib.Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The environment of a user's shell: the machine's own devices, not the eight that tests/__init__.py asks for."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 @pytest.fixture
-def command(compilation_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """Runs an entry point in this process: `command(sft, "--workdir=x")`. Its flags are gone afterwards."""
 
     def run(module: types.ModuleType, *arguments: str) -> Ended:
@@ -86,8 +70,14 @@ class SmokeRun:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> SmokeRun:
-    """Trains the smoke preset once, as a user would."""
-    path = tmp_path_factory.mktemp("runs") / "apr-smoke"
-    arguments = [sys.executable, "sft.py", "--config=configs/apr.py:smoke", f"--workdir={path}"]
-    ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    return SmokeRun(path, Ended(ended.returncode, ended.stdout, ended.stderr))
+    """Trains the smoke preset once for all workers, as a user would."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path, said = shared / "apr-smoke", shared / "apr-smoke.json"
+    with (shared / "apr-smoke.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            arguments = [sys.executable, "sft.py", "--config=configs/apr.py:smoke", f"--workdir={path}"]
+            ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+            said.write_text(json.dumps([ended.returncode, ended.stdout, ended.stderr]))
+    return SmokeRun(path, Ended(*json.loads(said.read_text())))

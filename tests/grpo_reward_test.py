@@ -54,7 +54,7 @@ class LettersDomain(Domain):
         return list(range(n))
 
 
-def test_the_reward_rises_on_a_tiny_task(monkeypatch, compilation_cache):
+def test_the_reward_rises_on_a_tiny_task(monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "letters", tasks.Entry("tests.grpo_reward_test:LettersDomain"))
     config, rl = products.get_config(), products.get_config("grpo")
     with config.unlocked():

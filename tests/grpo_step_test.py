@@ -63,7 +63,7 @@ def only_group_one_differs(group: int, rollout: int) -> bool:
     return group != 1 or rollout == 0
 
 
-def test_dropped_groups_leave_the_weights_to_those_with_a_signal(compilation_cache):
+def test_dropped_groups_leave_the_weights_to_those_with_a_signal():
     """"drop" averages over the one group that has a signal; "keep" over all three, two of which pull nowhere."""
     trained = {}
     for dead_groups in ("keep", "drop"):
@@ -78,14 +78,14 @@ def test_dropped_groups_leave_the_weights_to_those_with_a_signal(compilation_cac
     assert trained["drop"] == pytest.approx(1, rel=1e-5) and trained["keep"] < 0.9
 
 
-def test_a_step_without_any_signal_changes_nothing_and_moves_on(compilation_cache):
+def test_a_step_without_any_signal_changes_nothing_and_moves_on():
     trainer, batches, (state, values) = stepped(lambda *_: True, grpo__dead_groups="drop")
     assert batches == [] and int(state.step) == 0 and "loss" not in values
     assert trainer.cursor()["problem"] == 3 and "no group with a signal" in trainer.line(values)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), trainer.reference.params)
 
 
-def test_two_inner_updates_train_twice_on_the_same_batch(compilation_cache):
+def test_two_inner_updates_train_twice_on_the_same_batch():
     once, (batch,), (first, _) = stepped(first_is_right)
     twice, batches, (second, values) = stepped(first_is_right, grpo__updates=2)
     assert len(batches) == 2 and batches[0] is batches[1]
@@ -96,7 +96,7 @@ def test_two_inner_updates_train_twice_on_the_same_batch(compilation_cache):
     assert values["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-4)  # of the second update
 
 
-def test_with_the_trainers_log_probs_the_first_ratio_is_one(compilation_cache):
+def test_with_the_trainers_log_probs_the_first_ratio_is_one():
     """So nothing is clipped and the policy term is - sum w A; the gap to the sampler's is still told."""
     _, (batch,), (_, values) = stepped(first_is_right, grpo__old_logp="trainer", grpo__kl_weight=0.0)
     assert values["clip_share"] == 0
@@ -104,7 +104,7 @@ def test_with_the_trainers_log_probs_the_first_ratio_is_one(compilation_cache):
     assert max(values[f"sampler_trainer_gap_{kind}"] for kind in ("parent", "child")) > 0.1
 
 
-def test_truncated_importance_weights_correct_the_trainers_log_probs(compilation_cache):
+def test_truncated_importance_weights_correct_the_trainers_log_probs():
     _, (plain,), _ = stepped(first_is_right, grpo__old_logp="trainer")
     _, (sampler,), _ = stepped(first_is_right)
     trainer, (batch,), _ = stepped(first_is_right, grpo__old_logp="trainer", grpo__tis_cap=1.5)
@@ -114,14 +114,14 @@ def test_truncated_importance_weights_correct_the_trainers_log_probs(compilation
     np.testing.assert_allclose(batch.kl_weight, plain.kl_weight)
 
 
-def test_without_a_kl_term_the_reference_is_never_scored(compilation_cache, monkeypatch):
+def test_without_a_kl_term_the_reference_is_never_scored(monkeypatch):
     monkeypatch.setattr(grpo, "make_score", lambda *_: lambda *_: pytest.fail("scored"))
     _, (batch,), (_, values) = stepped(first_is_right, grpo__kl_weight=0.0)
     np.testing.assert_array_equal(batch.ref_logp, batch.old_logp)
     assert "kl" not in values and np.isfinite(values["loss"])
 
 
-def test_the_reference_stays_the_start(compilation_cache):
+def test_the_reference_stays_the_start():
     """In the second step the policy has moved, and the penalty still pulls towards where it came from."""
     trainer, batches, (state, _) = stepped(first_is_right, optimizer__learning_rate=1e-2)
     start, moved = jax.device_get((trainer.reference.params, state.params))  # the state is donated to the step
@@ -131,7 +131,7 @@ def test_the_reference_stays_the_start(compilation_cache):
     assert np.abs(batch.ref_logp - np.asarray(trainer.score(moved, batch)))[batch.sampled].max() > 1e-3
 
 
-def test_a_flat_reward_makes_the_policy_the_reference(compilation_cache, tmp_path):
+def test_a_flat_reward_makes_the_policy_the_reference(tmp_path):
     """Two stretches of one step with equal rewards: from the third step on the reference is the policy after two."""
     trainer, batches, (state, _) = stepped(
         first_is_right, grpo__reference="flat", grpo__loss="apa", grpo__kl_weight=0.0, optimizer__learning_rate=1e-2
@@ -145,7 +145,7 @@ def test_a_flat_reward_makes_the_policy_the_reference(compilation_cache, tmp_pat
     np.testing.assert_array_equal(batches[2].ref_logp, trainer.score(after, batches[2]))
 
 
-def test_the_clipped_share_is_of_the_tokens_whose_ratio_leaves_the_range(compilation_cache):
+def test_the_clipped_share_is_of_the_tokens_whose_ratio_leaves_the_range():
     """Rollouts of a policy that gave every id far less: all ratios are above 1.2, which clips the gains alone."""
     trainer, (batch,), (_, values) = stepped(first_is_right, grpo__clip_low=0.2, grpo__clip_high=0.2)
     ratio = np.exp(np.asarray(trainer.score(trainer.reference.params, batch)) - batch.old_logp)
@@ -154,7 +154,7 @@ def test_the_clipped_share_is_of_the_tokens_whose_ratio_leaves_the_range(compila
     assert 0.05 < values["clip_share"] < 0.95
 
 
-def test_the_loss_is_that_of_the_policys_temperature(compilation_cache):
+def test_the_loss_is_that_of_the_policys_temperature():
     """Log-probs at a temperature of 0.5 are those of doubled logits: further apart than at 1."""
     gaps = []
     for temperature in (1.0, 0.5):
@@ -166,7 +166,7 @@ def test_the_loss_is_that_of_the_policys_temperature(compilation_cache):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(compilation_cache) -> tuple[TrainState, dict[str, float]]:
+def on_one_device() -> tuple[TrainState, dict[str, float]]:
     return stepped(first_is_right, grpo__updates=2, grpo__old_logp="trainer", train__micro_rows=1)[2]
 
 

@@ -98,7 +98,7 @@ def gradient(config: ConfigDict, data: int = 1, order: int = 1) -> dict:
 
 
 @pytest.fixture(scope="module", params=objective.AGGREGATES)
-def reference(request, compilation_cache) -> tuple[str, dict]:
+def reference(request) -> tuple[str, dict]:
     """The gradient of all rows in one micro-batch on one device."""
     return request.param, gradient(rl_config(train__micro_rows=64, train__rows=64, grpo__aggregate=request.param))
 
@@ -244,7 +244,7 @@ def log(path: pathlib.Path) -> list[dict]:
     [(1, {}), (4, {}), (4, dict(train__eval_every=1, grpo__loss="apa", grpo__reference="flat", grpo__kl_weight=0.0))],
     ids=["start", "late", "apa"],
 )
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, changes, tmp_path, monkeypatch, compilation_cache):
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, changes, tmp_path, monkeypatch):
     penalised = dict(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     config = rl_config(**{**penalised, **changes})
     config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
@@ -272,7 +272,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, changes, tmp_pat
     assert max(jax.tree.leaves(moved)) > 0
 
 
-def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, compilation_cache):
+def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     config = rl_config(grpo__steps=2)
     experiment = build(config)
     reference = jax.device_get(
@@ -288,7 +288,7 @@ def test_an_error_in_a_rollout_stops_the_run_and_leaves_the_last_checkpoint(tmp_
 # ------------------------------------------------------------------- the shipped model
 
 
-def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
+def test_sampler_and_trainer_agree_on_every_kind_of_thread():
     """The log-probs that rollouts were sampled with, within 1e-4 of the trainer's: parents, children, after joins."""
     config = grpo.combine(PRETRAINED, recipe.get_config("smoke"))
     config.mesh.data, config.sampler.rows, config.sampler.length_bucket, config.sampler.max_gathered_slots = 1, 16, 256, 4096  # few shapes
@@ -303,7 +303,7 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread(compilation_cache):
     assert all(0 < value < 1e-4 for value in found.values()), found
 
 
-def test_lanes_draw_the_ids_of_a_single_sampler(compilation_cache):
+def test_lanes_draw_the_ids_of_a_single_sampler():
     drawn = []
     for lanes in (1, 2, 4):
         experiment = build(rl_config(sampler__workers=lanes))

@@ -295,7 +295,7 @@ def train_until(experiment: Parts, workdir: Workdir, owner: type, name: str, cal
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compilation_cache) -> dict[str, pathlib.Path]:
+def runs(tmp_path_factory) -> dict[str, pathlib.Path]:
     """An uninterrupted run of 9 steps, and others killed here and there and resumed; checkpoints at 4, 8 and 9."""
     root, config = tmp_path_factory.mktemp("resume"), tiny_config()
     first, second = build(config), build(config)  # two processes

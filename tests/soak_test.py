@@ -21,7 +21,7 @@ STEPS = int(os.environ.get("STEPS", "1000"))
 
 
 @pytest.mark.slow
-def test_a_thousand_steps_leave_memory_and_compiled_functions_as_they_are(compilation_cache):
+def test_a_thousand_steps_leave_memory_and_compiled_functions_as_they_are():
     config = rl_config(grpo__steps=STEPS, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     pool = RolloutPool(build(config))
     trainer = grpo.Trainer(pool, init_params(pool.parts.model, jax.random.key(0)))

@@ -269,7 +269,7 @@ def test_the_language_reads_what_it_writes():
 
 
 @pytest.mark.slow
-def test_a_base_model_trains_and_rl_goes_on_from_it(tmp_path, compilation_cache):
+def test_a_base_model_trains_and_rl_goes_on_from_it(tmp_path):
     config = zero.get_config("countdown-16")
     config.mesh.data = 1
     config.optimizer.steps, config.optimizer.warmup_steps, config.train.eval_every = 60, 10, 60

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -464,12 +465,13 @@ def test_a_bad_command_is_one_sentence_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_with_another_run_is_left_as_it_is(smoke_run, command: Callable):
-    before = contents(smoke_run.path)
-    ended = command(sft, *SMOKE, f"--workdir={smoke_run.path}", "--config.seed=1")
+def test_a_workdir_with_another_run_is_left_as_it_is(smoke_run, tmp_path, command: Callable):
+    workdir = shutil.copytree(smoke_run.path, tmp_path / "run")  # other workers read the original
+    before = contents(workdir)
+    ended = command(sft, *SMOKE, f"--workdir={workdir}", "--config.seed=1")
     assert ended.status == 2, ended
     assert "seed=0 there, 1 here" in ended.err and "--workdir" in ended.err and ended.err.count("\n") == 1
-    assert contents(smoke_run.path) == before
+    assert contents(workdir) == before
 
 
 def test_a_workdir_with_other_files_is_left_as_it_is(command: Callable, tmp_path):
