@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from harness.build import build
 from harness.cli import UsageError, usage_errors
-from harness.evaluation import budget_line, evaluation_json, fingerprint, measure, problem_set, warm_up
+from harness.evaluation import budget_line, fingerprint, measure, problem_set, warm_up
 from harness.files import lock
 from harness.results import Evaluation, read
 from harness.rollouts import RolloutPool
@@ -92,7 +92,7 @@ def run(plan: Sequence[Point], output: pathlib.Path) -> None:
             evaluation, _ = measure(pool, params, problems, point.label, result["step"])
             with usage_errors():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(file, [evaluation_json(evaluation)])
+                write_json(file, [evaluation.to_json()])
         print(f"{number}/{len(plan)} {line(evaluation)}", flush=True)
     print(json.dumps({"points": len(plan), "output": str(output)}))
 

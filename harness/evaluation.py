@@ -200,14 +200,9 @@ def report(
     solved.sort(key=lambda rollout: not rollout.root.spawns)  # one with children, if there is one
     if solved:
         print(f"\nOne solved problem, thread by thread:\n\n{show(solved[0], pool.parts.domain.language)}")
-    write_json(output / name, [evaluation_json(evaluation)])
+    write_json(output / name, [evaluation.to_json()])
     print(json.dumps(evaluation.headline()))
     return evaluation
-
-
-def evaluation_json(evaluation: Evaluation) -> dict[str, typing.Any]:
-    """An evaluation as eval.json holds it."""
-    return {**evaluation.headline(), "results": [vars(result) for result in evaluation.results]}
 
 
 # ------------------------------------------------------------------- for people

@@ -16,7 +16,7 @@ import sys
 import typing
 from collections.abc import Sequence
 
-from harness import files
+from harness import files, results
 
 Json = dict[str, typing.Any]
 
@@ -119,8 +119,9 @@ def _converted(name: str, text: str) -> str:
     value: typing.Any = json.loads(text) if text else []
     if name == "config.json" and "temperature" in dict(value).get("model", {}):
         return json.dumps(config(value), indent=1) + "\n"
-    if name == "eval.json" and any("task" not in entry for entry in value):
-        return json.dumps([evaluation(entry) for entry in value], indent=1) + "\n"
+    if name == "eval.json" and any("checksum" not in entry for entry in value):
+        new = [entry if "task" in entry else evaluation(entry) for entry in value]
+        return json.dumps([results.signed(entry) for entry in new], indent=1) + "\n"
     return text
 
 

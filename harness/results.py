@@ -1,17 +1,21 @@
 """What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX.
 
-Runs that ship without their parameters share one zip file, evidence.zip: NAME/config.json, eval.json, metrics.jsonl.
+An evaluation carries a checksum, and is read only if it matches. Runs that ship without their parameters share one
+zip file, evidence.zip: NAME/config.json, eval.json, metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
+import lzma
 import pathlib
 import types
 import typing
 import zipfile
+import zlib
 
 from harness import files
 from harness.cli import UsageError
@@ -90,15 +94,32 @@ class Evaluation:
         """All fields but the results of single rollouts."""
         return {name: value for name, value in vars(self).items() if name != "results"}
 
+    def to_json(self) -> dict[str, typing.Any]:
+        """The evaluation as eval.json holds it."""
+        return signed({**self.headline(), "results": [vars(result) for result in self.results]})
+
+
+def signed(value: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """A JSON object with the checksum of its other fields."""
+    value = {name: field for name, field in value.items() if name != "checksum"}
+    text = json.dumps(value, sort_keys=True)
+    return {**value, "checksum": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+
 
 def read(value: typing.Any, where: str) -> Evaluation:
-    """The evaluation of a JSON value. Raises UsageError that names the first field that is missing or wrong."""
+    """The evaluation of a JSON value.
+
+    Raises UsageError that names the first field that is missing or wrong, or says that the checksum is another.
+    """
     fields = _checked(Evaluation, value, where)
     results = enumerate(fields["results"])
     fields["results"] = [Result(**_checked(Result, result, f"{where}, result {n},")) for n, result in results]
     evaluation = Evaluation(**fields)
     if not len(evaluation.results) == evaluation.n * evaluation.samples > 0:
         raise UsageError(f"{where} has {len(evaluation.results)} results, not n * samples: measure it again")
+    if signed(value)["checksum"] != value.get("checksum"):
+        remedy = "restore the file, measure it again, or convert an older one with `python -m harness.migrate`"
+        raise UsageError(f"{where} does not match its checksum: {remedy}")
     return evaluation
 
 
@@ -132,9 +153,13 @@ def opened(run: pathlib.Path) -> AnyPath:
 
 
 def _unzipped(path: pathlib.Path) -> zipfile.Path:
+    """An archive all of whose files match their checksums. Raises UsageError on another."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise zipfile.BadZipFile(f"{bad} does not match its checksum")
         return zipfile.Path(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}): restore it, or name another folder") from error
 
 

@@ -13,7 +13,7 @@ from analysis import charts, choose, figures, labels, tables
 from analysis.charts import ARROW, CURVE, PAPER, RAW, SMOOTH, Line
 from analysis.choose import Log
 from configs import apr, sweep
-from harness import evaluation, results, stats
+from harness import evaluation, migrate, results, stats
 from harness.build import build
 from harness.cli import UsageError
 from harness.results import Evaluation, Result
@@ -76,7 +76,7 @@ def entry(label="APR", correct=(True, True, True, False), results=None, costs=No
 
 def as_json(value):
     """An entry as eval.json holds it; anything else as it is."""
-    return evaluation.evaluation_json(value) if isinstance(value, Evaluation) else value
+    return value.to_json() if isinstance(value, Evaluation) else value
 
 
 def children_requested(count, label="APR", **fields):
@@ -270,6 +270,38 @@ def test_evidence_that_cannot_be_added_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(UsageError, match=r"evidence\.zip is damaged"):
         results.add_evidence(tmp_path / "apr", evidence)
     assert evidence.read_bytes() == b"PK"
+
+
+def test_a_bit_that_flipped_in_evidence_is_never_read(tmp_path):
+    write(tmp_path / "apr", entry())
+    evidence = tmp_path / "packed" / "evidence.zip"
+    evidence.parent.mkdir()
+    results.add_evidence(tmp_path / "apr", evidence)
+    whole, expected = evidence.read_bytes(), choose.read_results([str(evidence.parent)])
+    named = 0
+    for place in range(0, len(whole), 3):
+        evidence.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found = choose.read_results([str(evidence.parent)])
+        except UsageError as error:
+            assert "evidence.zip" in str(error) or str(evidence.parent) in str(error)
+            named += 1
+        else:
+            assert found == expected  # a date, say
+    assert named > 100
+
+
+def test_a_number_that_changed_in_an_evaluation_is_never_read(tmp_path):
+    path = tmp_path / "eval.json"
+    write(tmp_path, entry())
+    value = json.loads(path.read_text())
+    value[0]["accuracy"] += 0.001
+    path.write_text(json.dumps(value))
+    with pytest.raises(UsageError, match=r"eval\.json does not match its checksum: restore the file, measure it again"):
+        choose.read_results([str(tmp_path)])
+    assert migrate.main([str(tmp_path)]) == 0  # which gives a checksum to what has none
+    with pytest.raises(UsageError, match="does not match its checksum"):
+        choose.read_results([str(tmp_path)])
 
 
 def test_a_damaged_zip_file_is_named_and_one_of_something_else_left_alone(tmp_path):
