@@ -39,6 +39,7 @@ from analysis import sweep
 from harness.build import Parts, build
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
+from harness.huggingface import holds_model
 from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.show import show_call, verdict
@@ -106,7 +107,7 @@ def define_flags() -> None:
     """The command line; the config is that of the run named by --workdir."""
     flags.DEFINE_string("workdir", None, "The run to evaluate (default: the shipped checkpoint).")
     flags.DEFINE_string(
-        "output", None, f"Where to write eval.json (default: --workdir if nothing else is asked for, else {ELSEWHERE})."
+        "output", None, f"Where to write eval.json (default: a run's workdir if no more is asked, else {ELSEWHERE})."
     )
     flags.DEFINE_string("problems", None, "JSON file with a list of problems (default: the held-out set).")
     flags.DEFINE_list("numbers", None, "One problem: its numbers, comma-separated. Needs --target.")
@@ -153,6 +154,7 @@ def main(_: list[str]) -> None:
     pool = RolloutPool(parts)
     if args.numbers is None:
         own = args.workdir and not args.problems and json.loads(args.config.to_json()) == read_config(source)
+        own = own and not holds_model(source)  # what was exported stays as it is
         output = pathlib.Path(args.output or (source if own else ELSEWHERE))
         report(pool, params, problems, output, result["step"])
         return None

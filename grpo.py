@@ -39,7 +39,7 @@ import records
 from harness import loop
 from harness.build import Parts, build
 from harness.cli import UsageError, usage_errors
-from harness.evaluation import report
+from harness.evaluation import fingerprint, report
 from harness.plan import plan
 from harness.processes import launch
 from harness.reference import Reference
@@ -123,9 +123,9 @@ def sampler_trainer_gap(batch: TokenBatch, trainer: np.ndarray, rows: Sequence[S
     for row, columns, piece in places(rows):
         values, calls = gap_RT[row, columns], np.asarray(piece.calls)
         kind = "child" if piece.thread.path else "parent"
-        largest[kind] = max(largest[kind], values[calls <= 0].max())
+        largest[kind] = np.maximum(largest[kind], values[calls <= 0].max())  # NaN stays NaN
         if (calls > 0).any():
-            largest["joined"] = max(largest["joined"], values[calls > 0].max())
+            largest["joined"] = np.maximum(largest["joined"], values[calls > 0].max())
     return {f"sampler_trainer_gap_{kind}": float(value) for kind, value in largest.items()}
 
 
@@ -134,10 +134,12 @@ def describe(collected: Collected) -> dict[str, float]:
     rollouts = [rollout for group in collected.groups for rollout in group]
     costs = [records.metrics(rollout) for rollout in rollouts]
     threads = [thread for rollout in rollouts for thread in rollout.threads()]
+    logprobs = [logprob for thread in threads for call in thread.calls for logprob in call.logprobs]
     means = {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
     return {
         **means,
         "sampled_accuracy": float(np.mean([rollout.grade.correct for rollout in rollouts])),
+        "sampled_logprob": float(np.mean(logprobs)),
         "tokens_per_thread": sum(cost["total_tokens"] for cost in costs) / len(threads),
         "spawn_rate": float(np.mean([bool(rollout.root.spawns) for rollout in rollouts])),
         "reward": float(collected.rewards.mean()),
@@ -155,9 +157,8 @@ class Trainer:
     validates_start = True
     batch: TokenBatch | None = None
 
-    def __init__(self, pool: RolloutPool, start: typing.Any, path: pathlib.Path | None = None) -> None:
-        """`start` is the reference policy; those that replace it are kept below `path`."""
-        self.pool, self.parts, self.reference = pool, pool.parts, Reference(start, path)
+    def __init__(self, pool: RolloutPool, reference: Reference) -> None:
+        self.pool, self.parts, self.reference = pool, pool.parts, reference
         self.config = config = GrpoConfig(**self.parts.config.grpo)
         self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
         self.problem = 0
@@ -253,7 +254,8 @@ def train(pool: RolloutPool, workdir: Workdir, reference: typing.Any) -> None:
     """Runs or resumes reinforcement learning from the parameters `reference`."""
     state = state_from_params(pool.parts.optimizer, pool.parts.mesh, reference)
     copy = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
-    loop.train(pool, workdir, Trainer(pool, copy, workdir.path / "reference"), state)
+    kept = Reference(copy, workdir.path / "reference", fingerprint(reference))
+    loop.train(pool, workdir, Trainer(pool, kept), state)
 
 
 # ------------------------------------------------------------------- command line
@@ -315,7 +317,7 @@ def main(_: list[str]) -> None:
     print(f"{config.name}: from {origin}, {config.grpo.steps} steps, in {workdir.path}", flush=True)
     pool = RolloutPool(parts)
     if flags.FLAGS.replay:
-        return replay(parts, workdir, Trainer(pool, params))
+        return replay(parts, workdir, Trainer(pool, Reference(params)))
     train(pool, workdir, params)
     best, result = load_best(workdir.path, parts.param_shapes())
     report(pool, best, parts.test_set(), workdir.path, result["step"])

@@ -163,6 +163,7 @@ def anneal(step: int, steps: int, share: float) -> float:
     return max(0.0, 1 - (step - 1) / (share * steps))
 
 
+REWARD = within(0, 1000)  # weights of bonuses and penalties: a reward is finite whatever a rollout did
 SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
     "always": always,
     "alternate": alternate,
@@ -194,15 +195,15 @@ class GrpoConfig(Checked):
     old_logp: Annotated[str, one_of("sampler", "trainer")]  # whose log-probs the ratio compares with
     tis_cap: Annotated[float, at_least(0)]  # with "trainer": weights min(trainer / sampler, cap); 0 is off
     dead_groups: Annotated[str, one_of("keep", "drop", "refill")]  # groups of equal rewards
-    format_reward: Annotated[float, at_least(0)]
-    acceleration: Annotated[float, at_least(0)]
+    format_reward: Annotated[float, REWARD]
+    acceleration: Annotated[float, REWARD]
     acceleration_cap: Annotated[float, at_least(0)]
-    thread_penalty: Annotated[float, at_least(0)]
-    token_penalty: Annotated[float, at_least(0)]
+    thread_penalty: Annotated[float, REWARD]
+    token_penalty: Annotated[float, REWARD]
     token_budget: Annotated[float, at_least(0)]
-    concurrency: Annotated[float, at_least(0)]
+    concurrency: Annotated[float, REWARD]
     concurrency_cap: Annotated[float, at_least(1)]  # active workers
-    structure: Annotated[float, at_least(0)]
+    structure: Annotated[float, REWARD]
     structure_schedule: Annotated[str, one_of(*SCHEDULES)]
     structure_share: Annotated[float, above(0), within(0, 1)]  # of the steps
 

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Sequence
 
 from analysis.labels import label_of, rank
-from harness import results, stats
+from harness import files, results, stats
 from harness.cli import UsageError, usage_errors
 from harness.results import AnyPath, Evaluation
 
@@ -97,8 +97,11 @@ def read_logs(folders: Sequence[str]) -> list[Log]:
     """The logs of runs. Raises UsageError on a log that is missing or damaged."""
     logs: list[Log] = []
     for folder in folders:
+        log = results.opened(pathlib.Path(folder)) / "metrics.jsonl"
         with usage_errors():
-            lines = results.read_log(results.opened(pathlib.Path(folder)) / "metrics.jsonl")
+            if isinstance(log, pathlib.Path):
+                files.check_text(log)
+            lines = results.read_log(log)
         label = label_of(pathlib.Path(folder).resolve().name, folder)
         logs.append(Log(folder if label in [log.label for log in logs] else label, lines))
     return logs

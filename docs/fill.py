@@ -27,7 +27,7 @@ import statistics
 import typing
 from collections.abc import Callable
 
-from harness.results import opened
+from harness.results import match, opened
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -80,7 +80,9 @@ def held() -> list[HeldNumber]:
 @functools.cache
 def evaluation(run: str) -> dict[str, typing.Any]:
     """The shipped evaluation of a run."""
-    return json.loads((opened(ROOT / "pretrained" / run) / "eval.json").read_text())[0]
+    value = json.loads((opened(ROOT / "pretrained" / run) / "eval.json").read_text())[0]
+    match(value, f"{run}/eval.json")
+    return value
 
 
 Summary = Callable[[list[float]], float]

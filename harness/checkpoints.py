@@ -34,15 +34,13 @@ class Checkpoints:
 
     def damage(self, step: int) -> str:
         """What is wrong with a checkpoint, and the remedy; "" if it is as it was written."""
-        wrong = files.damage(self.path / str(step))
-        adds = f"`python -m harness.migrate {self.path.parent}` adds the checksums of an older run"
-        restore = f"copy the run again, or remove {self.path / str(step)} to use the checkpoint before it, if any"
-        return wrong and f"{wrong}: {adds if wrong.endswith(f'{files.CHECKSUMS} is missing') else restore}"
+        wrong, place = files.damage(self.path / str(step)), self.path / str(step)
+        return wrong and f"{wrong}: copy the run again, or remove {place} to use the checkpoint before it, if any"
 
     def save(self, step: int, tree: typing.Any, values: dict) -> None:
         """Saves a checkpoint, whole or not at all; only then drops those before the last two.
 
-        Raises UsageError if there is no room for it.
+        Those of later steps go too: what they were part of was given up. Raises UsageError if there is no room.
         """
         part, place = self.path / f"{step}{files.PART}", self.path / str(step)
         arrays: typing.Any = {self._arrays: ocp.args.StandardSave(tree), self._values: ocp.args.JsonSave(values)}
@@ -50,7 +48,7 @@ class Checkpoints:
         try:
             if first:
                 self.path.mkdir(exist_ok=True)
-                for left in [left for left in self.path.glob("*") if not left.name.isdecimal()]:  # by a kill
+                for left in [*self.path.glob(f"*{files.PART}*"), *self.path.glob("*.old")]:  # by a kill
                     shutil.rmtree(left, ignore_errors=True)
             multihost_utils.sync_global_devices("room for a checkpoint")
             self._orbax.save(part, args=ocp.args.Composite(**arrays))
@@ -59,8 +57,9 @@ class Checkpoints:
                 self.delete(step)
                 part.rename(place)
                 files.sync(self.path)
-                for old in self.steps()[:-KEEP]:
-                    self.delete(old)
+                earlier = [other for other in self.steps() if other < step]
+                for other in [*earlier[: 1 - KEEP], *(other for other in self.steps() if other > step)]:
+                    self.delete(other)
         except (OSError, ValueError) as error:
             remedy = "make room there and run the same command again, which goes on from the last whole checkpoint"
             raise UsageError(f"{place} cannot be written ({one_line(error)}): {remedy}") from error
@@ -71,6 +70,13 @@ class Checkpoints:
         place = self.path / str(step)
         if place.exists():
             shutil.rmtree(place.rename(place.with_name(f"{step}.old")))
+
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint: it counts no more, and yet is not lost."""
+        place = self.path / str(step)
+        aside = place.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
 
     def shapes(self, step: int) -> typing.Any:
         """The tree of a checkpoint, its arrays as something with a shape."""

@@ -70,6 +70,13 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """Ends the process with one line on stderr after a UsageError, a failing disk, Ctrl-C or SIGTERM in the block."""
+    with _one_sentence(), _handled(_stop):
+        yield
+
+
 def launch(
     define_flags: Callable[[], None], main: Callable[[list[str]], None], prepare: Callable[[], None] = lambda: None
 ) -> None:
@@ -84,7 +91,7 @@ def launch(
         logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-        with _one_sentence(), _handled(_stop):
+        with in_order():
             prepare()
             main(argv)
 

@@ -179,17 +179,20 @@ def report(
 ) -> Evaluation:
     """Evaluates, prints the table and one solved problem, writes eval.json, prints the summary as the last line.
 
-    Ctrl-C ends it early: the report is then of the problems that are done, and written to interrupted.json. Raises
-    UsageError before it evaluates if nothing can be written to `output`.
+    Ctrl-C ends it early: the report is then of the problems that are done, and written to interrupted.json, and
+    Interrupted raised. Raises UsageError before it evaluates if no megabyte can be written to `output`.
     """
     with usage_errors():
         output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+        with tempfile.TemporaryFile(dir=output) as probe:
+            probe.write(bytes(1 << 20))
     warm_up(pool, params, problems)
     label, name, started = pool.parts.config.name, "eval.json", time.monotonic()
+    interrupted: Interrupted | None = None
     try:
         evaluation, rollouts = measure(pool, params, problems, label, step)
     except Interrupted as interrupt:
+        interrupted = interrupt
         rollouts, name = complete(interrupt.rollouts, pool.parts.evaluation.samples), "interrupted.json"
         if not rollouts:
             raise
@@ -202,6 +205,8 @@ def report(
         print(f"\nOne solved problem, thread by thread:\n\n{show(solved[0], pool.parts.domain.language)}")
     write_json(output / name, [evaluation.to_json()])
     print(json.dumps(evaluation.headline()))
+    if interrupted:
+        raise interrupted
     return evaluation
 
 

@@ -14,14 +14,17 @@ import os
 import pathlib
 import typing
 
+import safetensors
+
 from harness.cli import UsageError
 
+REMEDY = "copy the folder again, or write it again with `python -m harness.export`"  # of an exported model
 CHECKSUMS, LOCK, PART = "checksums.json", ".lock", ".part"
 
 
 def replace(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file, whole or not at all, even if the machine stops."""
-    part = path.with_name(path.name + PART)
+    """Writes a file, whole or not at all, even if the machine stops, or another process writes it too."""
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     with open(part, "wb") as file:
         file.write(data)
         file.flush()
@@ -79,6 +82,27 @@ def damage(folder: pathlib.Path) -> str:
         if wanted.get(name) != found.get(name):
             return f"{folder / name} {f'does not match {CHECKSUMS}' if name in found else 'is missing'}"
     return ""
+
+
+def checksum(data: bytes, *about: typing.Any) -> str:
+    """BLAKE2b of some bytes and of what they are: what an exported model says of its arrays and texts."""
+    return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
+
+
+def check_text(path: pathlib.Path) -> None:
+    """Raises UsageError if a text file does not match what the arrays beside it, of an exported model, say of it."""
+    header: dict[str, str] = {}
+    try:
+        for arrays in sorted(path.parent.glob("model*.safetensors")):
+            with safetensors.safe_open(arrays, framework="numpy") as file:
+                header |= file.metadata() or {}
+        found = checksum(path.read_bytes(), path.name)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing: {REMEDY}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} or the arrays beside it cannot be read ({error}): {REMEDY}") from error
+    if header.get(path.name, found) != found:
+        raise UsageError(f"{path} does not match its checksum: {REMEDY}")
 
 
 @functools.cache  # held until this process ends

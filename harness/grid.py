@@ -6,7 +6,8 @@
 
   1. Every flag with commas is an axis; the grid is the product of the axes. Commas in brackets do not count.
   2. Each run gets a workdir below OUTPUT that is named by its values, and a log beside it.
-  3. A run that has ended is not started again, and one that was killed goes on from its checkpoint.
+  3. A run that has ended is not started again, and one that was killed goes on from its checkpoint. Ctrl-C and
+     SIGTERM reach the run, which saves its state.
   4. A run that fails is named, and the others go on.
   5. The runs that have ended make OUTPUT/table.md and OUTPUT/figure.png.
 
@@ -16,6 +17,7 @@ Flags that are not those of this command go to the command that it runs. Status 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import pathlib
@@ -25,7 +27,8 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 
-from harness import files
+from harness import files, results
+from harness.cli import UsageError, in_order, one_line
 
 COLUMNS = ("accuracy", "children", "total_tokens", "sequential_tokens")  # of the last line of a run
 Result = dict[str, typing.Any]
@@ -77,13 +80,20 @@ def _split(text: str) -> list[str]:
 
 
 def ended(run: Run, output: pathlib.Path) -> Result | None:
-    """The last line of a run that has ended; None of one that has not. Raises ValueError if it had other flags."""
+    """The last line of a run that has ended; None of one that has not.
+
+    Raises UsageError if the file that says so is damaged, or if the run had other flags.
+    """
     file = output / f"{run.name}.json"
     if not file.exists():
         return None
-    stored = json.loads(file.read_text())
+    try:
+        stored = json.loads(file.read_text())
+        results.match(stored, str(file))
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is damaged ({one_line(error)}): remove it, and its run is evaluated again") from error
     if changed := set(stored["flags"]) ^ set(run.flags):
-        raise ValueError(f"{file} is of another grid ({', '.join(sorted(changed))}): choose another --output")
+        raise UsageError(f"{file} is of another grid ({', '.join(sorted(changed))}): choose another --output")
     return stored["result"]
 
 
@@ -92,7 +102,14 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
     words = [sys.executable, command, *run.flags, f"--workdir={output / run.name}"]
     log = output / f"{run.name}.log"
     with open(log, "a") as file:
-        status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT).returncode
+        # In a session of its own: a signal reaches it once, through this process.
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
     lines = log.read_text(errors="replace").splitlines() or [""]
     if status:
         return f"status {status}: {lines[-1][:200]}"
@@ -100,17 +117,18 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
         result = dict(json.loads(lines[-1]))
     except ValueError:
         return f"its last line is no JSON object: {lines[-1][:200]}"
-    files.replace(output / f"{run.name}.json", (json.dumps({"flags": run.flags, "result": result}) + "\n").encode())
+    stored = results.signed({"flags": list(run.flags), "result": result})
+    files.replace(output / f"{run.name}.json", (json.dumps(stored) + "\n").encode())
     return ""
 
 
-def table(runs: Sequence[Run], results: dict[str, Result], failed: dict[str, str]) -> str:
-    """All runs in GitHub's markdown: their values, and what they achieved (`results` by name) or why they did not."""
+def table(runs: Sequence[Run], found: dict[str, Result], failed: dict[str, str]) -> str:
+    """All runs in GitHub's markdown: their values, and what they achieved (`found` by name) or why they did not."""
     axes = list(runs[0].values)
     rows = [[*axes, *COLUMNS, "95 % interval", "state"]]
     rows.append(["---"] * len(rows[0]))
     for run in runs:
-        result = results.get(run.name, {})
+        result = found.get(run.name, {})
         state = "ended" if result else failed.get(run.name, "not run yet").replace("|", "/")
         numbers = [f"{result[name]:.4g}" if name in result else "" for name in COLUMNS]
         interval = "{:.3f}-{:.3f}".format(*result["interval"]) if "interval" in result else ""
@@ -118,18 +136,18 @@ def table(runs: Sequence[Run], results: dict[str, Result], failed: dict[str, str
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def draw(runs: Sequence[Run], results: dict[str, Result], file: pathlib.Path) -> None:
+def draw(runs: Sequence[Run], found: dict[str, Result]) -> bytes:
     """Accuracy of the runs that have ended, with its interval, over the first axis; a colour per rest of the values."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    found = [(run, results[run.name]) for run in runs if "accuracy" in results.get(run.name, {})]
+    drawn = [(run, found[run.name]) for run in runs if "accuracy" in found.get(run.name, {})]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     first, *rest = [*runs[0].values, "run"]
     lines: dict[str, list] = {}
-    for run, result in found:
+    for run, result in drawn:
         label = ", ".join(f"{name}={run.values[name]}" for name in rest if name in run.values)
         lines.setdefault(label, []).append((run.values.get(first, "only"), result))
     for label, points in lines.items():
@@ -140,8 +158,10 @@ def draw(runs: Sequence[Run], results: dict[str, Result], file: pathlib.Path) ->
     axes.set(xlabel=first, ylabel="accuracy (95 % interval)")
     if len(lines) > 1:
         axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
     pyplot.close(figure)
+    return buffer.getvalue()
 
 
 def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = start) -> int:
@@ -158,7 +178,7 @@ def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = s
             ended(run, output)
         if args.index is not None and not 0 <= args.index < len(runs):
             raise ValueError(f"--index={args.index} must be from 0 to {len(runs) - 1}: the grid has {len(runs)} runs")
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
@@ -168,14 +188,15 @@ def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = s
             if reason := start(args.command, run, output):
                 failed[run.name] = f"failed, {reason}"
                 print(f"failed: {run.name}: {reason}", file=sys.stderr)
-    results = {run.name: result for run in runs if (result := ended(run, output)) is not None}
-    text = table(runs, results, failed)
+    found = {run.name: result for run in runs if (result := ended(run, output)) is not None}
+    text = table(runs, found, failed)
     files.replace(output / "table.md", text.encode())
-    draw(runs, results, output / "figure.png")
-    summary = {"runs": len(runs), "ended": len(results), "failed": sorted(failed), "output": str(output)}
+    files.replace(output / "figure.png", draw(runs, found))
+    summary = {"runs": len(runs), "ended": len(found), "failed": sorted(failed), "output": str(output)}
     print(f"{text}\n{json.dumps(summary)}")
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with in_order():
+        sys.exit(main(sys.argv[1:]))

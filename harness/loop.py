@@ -85,14 +85,13 @@ def train(pool: RolloutPool, workdir: Workdir, stage: Stage, state: TrainState) 
         for step in range(extra["step"] + 1, stage.steps + 1):
             before = _copy(state.params)  # the state itself is donated to the step
             state, measured = stage.step(state, step)
+            measured["parameters"] = _zero_if_finite(state)
             waiting.append(_Taken(step, before, stage.batch, measured))
             extra["step"] = step
             progress.update(step)
             checkpoint = step % stage.eval_every == 0 or step == stage.steps
             stop = _stops(signals, checkpoint)
             log = step % stage.log_every == 0 or checkpoint
-            if log or stop:
-                waiting[-1].measured["parameters"] = _zero_if_finite(state)
             # While the device is at a step, the one before is looked at.
             late = not (log or stop) and any(isinstance(value, jax.Array) for value in measured.values())
             pending += [_looked_at(workdir, taken) for taken in waiting[: len(waiting) - late]]

@@ -2,9 +2,9 @@
 
     python -m harness.migrate RUN [RUN ...]
 
-The old format kept the temperature of the policy in the model, had no field `task`, and other names (`CONFIG`). The
-parameters stay as they are; checkpoints get the checksums that they lack. Files that are converted already are left
-alone.
+The old format kept the temperature of the policy in the model, had no field `task`, other names (`CONFIG`), and no
+checksums. The parameters stay as they are. Files that are converted already are left alone, and so are checkpoints of
+the new format that lack their checksums: those are damaged.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typing
 from collections.abc import Sequence
 
 from harness import files, results
+from harness.cli import UsageError
 
 Json = dict[str, typing.Any]
 
@@ -94,20 +95,25 @@ def log(old: Json) -> Json:
 
 
 def migrate(path: pathlib.Path) -> list[str]:
-    """Converts the files of a run, and returns their names. Raises ValueError if there is no run."""
-    texts = {name: path / name for name in ("config.json", "eval.json", "metrics.jsonl")}
-    if not any(file.exists() for file in texts.values()):
+    """Converts the files of a run, and returns their names.
+
+    Raises ValueError if there is no run, and UsageError if another process writes to it.
+    """
+    texts = {name: path / name for name in ("metrics.jsonl", "eval.json", "config.json")}
+    found = {name: file.read_text() for name, file in texts.items() if file.exists()}
+    if not found:
         raise ValueError(f"{path} holds no run: no {', '.join(texts)}")
+    files.lock(path)
     done = []
-    for name, file in texts.items():
-        text = file.read_text() if file.exists() else ""
+    if "config.json" in found and _converted("config.json", found["config.json"]) != found["config.json"]:
+        for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):
+            if folder.name.isdecimal() and not (folder / files.CHECKSUMS).exists():
+                files.sign(folder)
+                done.append(f"{folder.relative_to(path)}/{files.CHECKSUMS}")
+    for name, text in found.items():  # the configuration, which tells the format, last
         if (converted := _converted(name, text)) not in ("", text):
-            files.replace(file, converted.encode())
+            files.replace(texts[name], converted.encode())
             done.append(name)
-    for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):
-        if folder.name.isdecimal() and not (folder / files.CHECKSUMS).exists():
-            files.sign(folder)
-            done.append(f"{folder.relative_to(path)}/{files.CHECKSUMS}")
     return done
 
 
@@ -121,7 +127,7 @@ def _converted(name: str, text: str) -> str:
         return json.dumps(config(value), indent=1) + "\n"
     if name == "eval.json" and any("checksum" not in entry for entry in value):
         new = [entry if "task" in entry else evaluation(entry) for entry in value]
-        return json.dumps([results.signed(entry) for entry in new], indent=1) + "\n"
+        return json.dumps([entry if "checksum" in entry else results.signed(entry) for entry in new], indent=1) + "\n"
     return text
 
 
@@ -133,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     for argument in arguments:
         try:
             done = migrate(pathlib.Path(argument))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, UsageError) as error:
             print(f"error: {argument}: {error}", file=sys.stderr)
             return 2
         print(f"{argument}: {'converted ' + ', '.join(done) if done else 'nothing to convert'}")

@@ -23,9 +23,9 @@ from harness.cli import UsageError
 class Reference:
     """`params`, and the `step` after which they were the policy (0: the start)."""
 
-    def __init__(self, start: typing.Any, path: pathlib.Path | None) -> None:
-        """`path` is where replacements are kept; without one there can be none."""
-        self.params, self.step = start, 0
+    def __init__(self, start: typing.Any, path: pathlib.Path | None = None, fingerprint: str = "") -> None:
+        """`path` is where replacements are kept, without one there can be none; the fingerprint is of the start."""
+        self.params, self.step, self.fingerprint = start, 0, fingerprint
         self._kept = Checkpoints(path, "params", "values") if path else None
         self._before: float | None = None  # mean reward of the last stretch
         self._rewards: list[float] = []  # of the steps since
@@ -33,10 +33,12 @@ class Reference:
     @property
     def cursor(self) -> dict[str, typing.Any]:
         """All but the parameters, as JSON."""
-        return {"step": self.step, "before": self._before, "rewards": [*self._rewards]}
+        return {"start": self.fingerprint, "step": self.step, "before": self._before, "rewards": [*self._rewards]}
 
     def resume(self, cursor: dict[str, typing.Any]) -> None:
-        """Goes on at a cursor. Raises UsageError if the reference that it names is missing or damaged."""
+        """Goes on at a cursor. Raises UsageError if the start is another, or the reference missing or damaged."""
+        if cursor["start"] != self.fingerprint:
+            raise UsageError("--init holds other parameters than those that this run started from: name a copy of them")
         self.step, self._before, self._rewards = cursor["step"], cursor["before"], list(cursor["rewards"])
         if self.step and self._kept:
             if wrong := self._kept.damage(self.step):

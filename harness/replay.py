@@ -47,4 +47,6 @@ def replay(parts: Parts, workdir: Workdir, stage: Stage) -> None:
     for row, (which, values) in enumerate(zip(sampled_RT, np.asarray(logp).reshape(sampled_RT.shape), strict=True)):
         if which.any():
             print(f"row {row:<32} sampled {which.sum():<10} lowest log-prob {values[which].min():.5g}")
+    if all(bool(jnp.isfinite(leaf).all()) for leaf in (metrics["loss"], *gradients.values())):
+        print("loss and gradients are finite: the optimizer's update is to blame, or a later one of the step")
     print(json.dumps({"step": number, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}))

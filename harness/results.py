@@ -1,7 +1,7 @@
 """What eval.json and metrics.jsonl hold: evaluations and the log of a run, read back and checked. No JAX.
 
 An evaluation carries a checksum, and is read only if it matches. Runs that ship without their parameters share one
-zip file, evidence.zip: NAME/config.json, eval.json, metrics.jsonl.
+zip file, evidence.zip: NAME/config.json, eval.json, metrics.jsonl. It lists the checksums of all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from harness.stats import Estimate
 
 AnyPath = pathlib.Path | zipfile.Path  # read alike
 EVIDENCE = "evidence.zip"
+DAMAGES = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # what zipfile raises of its own
 KEPT = ("config.json", "eval.json", "metrics.jsonl")  # what it keeps of a run
 
 
@@ -106,6 +107,13 @@ def signed(value: dict[str, typing.Any]) -> dict[str, typing.Any]:
     return {**value, "checksum": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
+def match(value: dict[str, typing.Any], where: str) -> None:
+    """Raises UsageError unless a JSON object matches the checksum in it."""
+    if signed(value)["checksum"] != value.get("checksum"):
+        remedy = "restore the file, measure it again, or convert an older one with `python -m harness.migrate`"
+        raise UsageError(f"{where} does not match its checksum: {remedy}")
+
+
 def read(value: typing.Any, where: str) -> Evaluation:
     """The evaluation of a JSON value.
 
@@ -117,9 +125,7 @@ def read(value: typing.Any, where: str) -> Evaluation:
     evaluation = Evaluation(**fields)
     if not len(evaluation.results) == evaluation.n * evaluation.samples > 0:
         raise UsageError(f"{where} has {len(evaluation.results)} results, not n * samples: measure it again")
-    if signed(value)["checksum"] != value.get("checksum"):
-        remedy = "restore the file, measure it again, or convert an older one with `python -m harness.migrate`"
-        raise UsageError(f"{where} does not match its checksum: {remedy}")
+    match(value, where)
     return evaluation
 
 
@@ -153,20 +159,25 @@ def opened(run: pathlib.Path) -> AnyPath:
 
 
 def _unzipped(path: pathlib.Path) -> zipfile.Path:
-    """An archive all of whose files match their checksums. Raises UsageError on another."""
+    """An archive that holds the files that it lists, each with its checksum. Raises UsageError on another."""
     try:
         with zipfile.ZipFile(path) as file:
-            if bad := file.testzip():
-                raise zipfile.BadZipFile(f"{bad} does not match its checksum")
+            wanted, names = json.loads(file.read(files.CHECKSUMS)), file.namelist()
+            if _sums({name: file.read(name) for name in names if name != files.CHECKSUMS}) != wanted:
+                raise ValueError("a file does not match its checksum")
         return zipfile.Path(path)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (*DAMAGES, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}): restore it, or name another folder") from error
+
+
+def _sums(contents: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 
 def evaluations(folder: pathlib.Path) -> list[AnyPath]:
     """Every eval.json of a run or below a folder, those of its evidence included."""
     archives = [_unzipped(path) for path in sorted(folder.rglob(EVIDENCE))]
-    packed = [run for archive in archives for run in archive.iterdir()]
+    packed = [run for archive in archives for run in archive.iterdir() if run.is_dir()]
     if isinstance(root := opened(folder), zipfile.Path):
         packed.append(root)
     in_archives = [run / "eval.json" for run in packed]
@@ -176,20 +187,26 @@ def evaluations(folder: pathlib.Path) -> list[AnyPath]:
 def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
     """Puts config, evaluation and log of a run into a zip file, in place of what it held under the run's name.
 
-    Returns the names written. The same runs give the same bytes. Raises UsageError if the file is damaged, or if the
-    run has no evaluation.
+    Returns the names written. The same runs give the same bytes. Raises UsageError if the file is damaged or another
+    process adds to it, or if the run has no evaluation, or one that does not match its checksum.
     """
+    new = {f"{run.name}/{name}": (run / name).read_bytes() for name in KEPT if (run / name).exists()}
+    if f"{run.name}/eval.json" not in new:
+        raise UsageError(f"{run} has no eval.json: evaluate it first")
+    for value in json.loads(new[f"{run.name}/eval.json"]):
+        match(value, str(run / "eval.json"))
+    files.lock(path.parent)
     kept: dict[str, bytes] = {}
     if path.exists():
         _unzipped(path)
         with zipfile.ZipFile(path) as old:
-            kept = {name: old.read(name) for name in old.namelist() if not name.startswith(f"{run.name}/")}
-    new = {f"{run.name}/{name}": (run / name).read_bytes() for name in KEPT if (run / name).exists()}
-    if f"{run.name}/eval.json" not in new:
-        raise UsageError(f"{run} has no eval.json: evaluate it first")
+            names = [name for name in old.namelist() if name.split("/")[0] not in (run.name, files.CHECKSUMS)]
+            kept = {name: old.read(name) for name in names}
+    contents = {**kept, **new}
+    contents[files.CHECKSUMS] = (json.dumps(_sums({**kept, **new}), indent=1, sort_keys=True) + "\n").encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for name, data in sorted((kept | new).items()):
+        for name, data in sorted(contents.items()):
             file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     files.replace(path, buffer.getvalue())
     return [*new]

@@ -72,6 +72,8 @@ class Workdir:
                 raise UsageError(f"{path} cannot be written: choose another --workdir")
             if self._first:
                 files.lock(self.path)
+                for part in self.path.glob(f"*{files.PART}"):  # by a kill
+                    part.unlink()
             multihost_utils.sync_global_devices("everyone has looked")
             write_json(self.path / "config.json", wanted)
         except OSError as error:
@@ -93,27 +95,30 @@ class Workdir:
     def restore(self, like: typing.Any) -> tuple[typing.Any, dict] | None:
         """The latest state (shaped and sharded as `like`) and its extra data; None in a fresh workdir.
 
-        A damaged state is passed over with a note. What was logged and found best after the state is dropped.
+        A damaged state is renamed, with a note. What was logged and found best after the state is dropped.
         Raises UsageError if no state is whole, or if there are best parameters but no state: starting again would
         overwrite them.
         """
         steps = self._latest.steps()
         if not steps and self._best.steps():
             raise UsageError(f"{self.path} holds a run without its checkpoints: choose another --workdir")
+        damaged: list[int] = []
         while steps and (wrong := self._latest.damage(steps[-1])):
             if len(steps) == 1:
                 raise UsageError(wrong)
             print(f"note: {wrong}; going on from the checkpoint before it, {steps[-2]}", file=sys.stderr, flush=True)
-            steps.pop()
+            damaged.append(steps.pop())
+        multihost_utils.sync_global_devices("everyone has looked at the checkpoints")
         step = steps[-1] if steps else -1
         if self._first:
+            for other in damaged:
+                self._latest.set_aside(other)
             self._forget_after(step)
         return self._latest.load(step, like) if steps else None
 
     def save_best(self, step: int, params: typing.Any, result: dict) -> None:
         """Keeps these parameters as the best so far; `result` says how good they are."""
         self._best.save(step, params, result)
-        self._forget_best_after(step)
 
     def save_failed(self, step: int, tree: typing.Any, reason: str) -> None:
         """Keeps what it takes to run a step again that failed: its parameters and its batch."""
@@ -150,16 +155,12 @@ class Workdir:
 
     def _forget_after(self, step: int) -> None:
         """Drops the log lines and the best later than the checkpoint: the resumed run finds them again."""
-        self._forget_best_after(step)
+        for later in [other for other in self._best.steps() if other > step]:
+            self._best.delete(later)
         log = self.path / "metrics.jsonl"
         if log.exists():
             kept = [json.dumps(line) + "\n" for line in read_log(log) if line["step"] <= step]
             files.replace(log, "".join(kept).encode())
-
-    def _forget_best_after(self, step: int) -> None:
-        if self._first:
-            for later in [other for other in self._best.steps() if other > step]:
-                self._best.delete(later)
 
 
 def write_json(path: pathlib.Path, value: typing.Any) -> None:

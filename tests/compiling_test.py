@@ -7,7 +7,7 @@ import pytest
 from benchmarks.decode import SEED, Replay, demonstrations
 from benchmarks.sections import compilations
 from configs import apr, common
-from decoding import Cache
+from decoding import REFILL_ONE_IN, Cache
 from harness.build import Parts, build
 from parallel_runtime import Runtime
 from records import Rollout
@@ -45,7 +45,7 @@ def test_sizes_by_hand():
 
 
 class Counted(Sampler):
-    """A sampler without a device: rows draw up to their limit, and the shapes of all calls are noted."""
+    """A sampler without a device: rows draw up to their limit, as long as a burst lasts; it notes the shapes of calls."""
 
     def _empty(self) -> Cache:
         return Cache((), ())
@@ -55,8 +55,10 @@ class Counted(Sampler):
 
     def _run_decode(self, rows: np.ndarray, slots: int) -> tuple:
         self.__dict__.setdefault("seen", set()).add((rows.shape, slots))
+        limits = np.sort(rows[rows[:, 4] > 0, 4])
+        enough = limits[-(-len(limits) // REFILL_ONE_IN) - 1]  # a burst ends when a quarter of its rows are done
         drawn = np.zeros((len(rows), self.config.steps_per_call), np.int32)
-        return np.minimum(rows[:, 4], self.config.steps_per_call), drawn, drawn.astype(np.float32)
+        return np.minimum(rows[:, 4], min(enough, self.config.steps_per_call)), drawn, drawn.astype(np.float32)
 
 
 def run(parts: Parts, sampler: Sampler, rollouts: list[Rollout]) -> None:

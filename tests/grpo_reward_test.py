@@ -9,6 +9,7 @@ import grpo
 from examples import products
 from harness import tasks
 from harness.build import build
+from harness.reference import Reference
 from harness.rollouts import RolloutPool
 from protocols import Domain, Spawn
 from records import END, Grade
@@ -70,7 +71,7 @@ def test_the_reward_rises_on_a_tiny_task(monkeypatch):
     )
     pool = RolloutPool(build(config))
     params = init_params(pool.parts.model, jax.random.key(0))
-    trainer = grpo.Trainer(pool, params)
+    trainer = grpo.Trainer(pool, Reference(params))
     state = state_from_params(pool.parts.optimizer, pool.parts.mesh, jax.device_get(params))
     rewards = []
     for step in range(1, 26):

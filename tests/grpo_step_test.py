@@ -43,7 +43,7 @@ def stepped(right: typing.Callable[[int, int], bool], **changes: typing.Any) -> 
     """(trainer, batches that were trained on, result of one step from fresh parameters)."""
     pool = Recorded(right, **changes)
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(pool.parts.model, jax.random.key(0)))
-    trainer = grpo.Trainer(pool, params)
+    trainer = grpo.Trainer(pool, Reference(params))
     batches: list[TokenBatch] = []
     train_step = trainer.train_step
 
@@ -139,7 +139,8 @@ def test_a_flat_reward_makes_the_policy_the_reference(tmp_path):
     trainer.reference = Reference(trainer.reference.params, tmp_path / "reference")
     trainer.reference.note(1, 0.5, state.params, True)
     state, values = trainer.step(state, 2)
-    assert values["reference_step"] == 2 and trainer.cursor()["reference"] == {"step": 2, "before": None, "rewards": []}
+    assert values["reference_step"] == 2
+    assert trainer.cursor()["reference"] == {"start": "", "step": 2, "before": None, "rewards": []}
     after = jax.device_get(state.params)
     trainer.step(state, 3)
     np.testing.assert_array_equal(batches[2].ref_logp, trainer.score(after, batches[2]))
@@ -175,7 +176,7 @@ def on_one_device() -> tuple[TrainState, dict[str, float]]:
 def test_a_step_is_the_same_on_every_mesh(on_one_device, mesh):
     """Scores under policy and reference, and two updates; the rows of a forward pass are other ones."""
     data, fsdp, tensor = mesh
-    axes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    axes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor, "sampler__rows": 16}
     _, _, (state, values) = stepped(first_is_right, grpo__updates=2, grpo__old_logp="trainer", train__micro_rows=1, **axes)
     (expected, known), moved = on_one_device, jax.device_get(state.params)
     for name in ("loss", "kl", "entropy", "grad_norm"):

@@ -22,6 +22,7 @@ from countdown.task import Countdown
 from harness import loop
 from harness.build import Parts, build
 from harness.cli import UsageError
+from harness.reference import Reference
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, load_best, read_config
 from objective import GrpoConfig
@@ -295,11 +296,13 @@ def test_sampler_and_trainer_agree_on_every_kind_of_thread():
     config.grpo.problems, config.grpo.temperature = 8, 0.5  # enough for a join
     pool = RolloutPool(build(config))
     params, _ = load_best(PRETRAINED, pool.parts.param_shapes())
-    trainer = grpo.Trainer(pool, params)
+    trainer = grpo.Trainer(pool, Reference(params))
     collection, _ = grpo.collect(pool, trainer.config, params, 0, 0)
     batch, rows = batch_of(collection, config)
     found = grpo.sampler_trainer_gap(batch, np.asarray(trainer.score(params, batch)), rows)
     assert found.keys() == {"sampler_trainer_gap_parent", "sampler_trainer_gap_child", "sampler_trainer_gap_joined"}
+    unknown = grpo.sampler_trainer_gap(batch, np.full_like(batch.old_logp, np.nan), rows)
+    assert np.isnan([*unknown.values()]).all()  # so that the loop stops
     assert all(0 < value < 1e-4 for value in found.values()), found
 
 

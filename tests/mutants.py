@@ -6,7 +6,9 @@
 
   1. Copy the repository into a temporary folder.
   2. Replace the old text by the new one, and run the test files named for the mutant (-x, the quick tier).
-  3. A failing test has caught it. Put the file back.
+  3. A failing test has caught it, or the code no longer starts. Put the file back.
+
+Before that, the named tests must pass as the code stands.
 
 The list starts with those that once survived. `tests/mutants_test.py` holds every old text to its file, so that a
 mutant goes along when the code changes.
@@ -67,7 +69,7 @@ MUTANTS = [
     Mutant("scores in bfloat16", "model.py", 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH, preferred_element_type=jnp.float32)', 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH)', MODEL),
     Mutant("norms in bfloat16", "model.py", "x = x_RTD.astype(jnp.float32)", "x = x_RTD", MODEL),
     Mutant("logits in bfloat16", "model.py", "w_DV.astype(c.dtype), preferred_element_type=jnp.float32)", "w_DV.astype(c.dtype))", MODEL),
-    Mutant("rewritten in place", "harness/files.py", "part = path.with_name(path.name + PART)", "part = path", FILES),
+    Mutant("rewritten in place", "harness/files.py", 'part = path.with_name(f"{path.name}.{os.getpid()}{PART}")', "part = path", FILES),
     # Not measured before.
     Mutant("a rewind keeps the cache", "sampler.py", "cached = min(self._rows[fill.row].cached, fill.keep)", "cached = self._rows[fill.row].cached", SAMPLER),
     Mutant("one id too many", "sampler.py", "min(fill.max_new_tokens, self.context - len(ids))", "fill.max_new_tokens", SAMPLER),
@@ -129,6 +131,18 @@ MUTANTS = [
 ]
 
 
+CAUGHT = (1, 2)  # pytest's status: tests failed, or could not be imported. Others say that nothing was tested
+
+
+def status(tests: str, folder: pathlib.Path) -> int:
+    """The status of pytest on some test files in a copy of the repository; 1 if they do not end."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split(" ", 2)]
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=60 * MINUTES).returncode
+    except subprocess.TimeoutExpired:
+        return 1
+
+
 def survives(mutant: Mutant, folder: pathlib.Path) -> bool:
     """Whether the tests named for a mutant pass in a copy of the repository where it is applied."""
     file = folder / mutant.file
@@ -136,11 +150,8 @@ def survives(mutant: Mutant, folder: pathlib.Path) -> bool:
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times, not once")
     file.write_text(text.replace(mutant.old, mutant.new))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split(" ", 2)]
     try:
-        return subprocess.run(command, cwd=folder, capture_output=True, timeout=60 * MINUTES).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+        return status(mutant.tests, folder) not in CAUGHT
     finally:
         file.write_text(text)
 
@@ -157,6 +168,10 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=SKIPPED)
+        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+            if status(tests, copy):
+                print(f"{tests} does not pass as the code stands: mend that first")
+                return 1
         for number, mutant in enumerate(chosen, 1):
             began = time.monotonic()
             alive = survives(mutant, copy)

@@ -279,12 +279,12 @@ def test_a_bit_that_flipped_in_evidence_is_never_read(tmp_path):
     results.add_evidence(tmp_path / "apr", evidence)
     whole, expected = evidence.read_bytes(), choose.read_results([str(evidence.parent)])
     named = 0
-    for place in range(0, len(whole), 3):
+    for place in [*range(0, len(whole) - 400, 3), *range(len(whole) - 400, len(whole))]:  # the directory is at the end
         evidence.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
             found = choose.read_results([str(evidence.parent)])
         except UsageError as error:
-            assert "evidence.zip" in str(error) or str(evidence.parent) in str(error)
+            assert "evidence.zip" in str(error)
             named += 1
         else:
             assert found == expected  # a date, say

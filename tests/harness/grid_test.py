@@ -2,11 +2,16 @@
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from harness import grid
+from harness import grid, results
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGS = ("--config=configs/apr.py:smoke", "--config.seed=0,1", "--config.model.width=32,64")
 NAMES = ["seed=0,model.width=32", "seed=0,model.width=64", "seed=1,model.width=32", "seed=1,model.width=64"]
 
@@ -22,13 +27,14 @@ class Runner:
         if run.name in self.failing:
             return "status 2: error: no"
         result = {"accuracy": len(self.ran) / 10, "interval": [0.05, 0.5], "children": 2.0}
-        (output / f"{run.name}.json").write_text(json.dumps({"flags": run.flags, "result": result}))
+        stored = results.signed({"flags": list(run.flags), "result": result})
+        (output / f"{run.name}.json").write_text(json.dumps(stored))
         return ""
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    monkeypatch.setattr(grid, "draw", lambda *_: None)
+    monkeypatch.setattr(grid, "draw", lambda *_: b"")
 
 
 def test_flags_with_commas_are_the_axes():
@@ -116,10 +122,8 @@ def test_runs_are_processes_with_a_workdir_and_a_log(tmp_path, capsys):
     output = tmp_path / "out"
     assert grid.main([f"--output={output}", f"--command={script}", "--config.seed=0,1,2"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["seed=1", "seed=2"]
-    assert json.loads((output / "seed=0.json").read_text()) == {
-        "flags": ["--config.seed=0"],
-        "result": {"accuracy": 0.5},
-    }
+    stored = {"flags": ["--config.seed=0"], "result": {"accuracy": 0.5}}
+    assert json.loads((output / "seed=0.json").read_text()) == results.signed(stored)
     assert (output / "seed=0").is_dir() and (output / "seed=0.log").read_text().startswith("working")
     text = (output / "table.md").read_text()
     assert "status 1: error: seed 1 is unlucky" in text and "its last line is no JSON object: no JSON" in text
@@ -129,3 +133,39 @@ def test_the_figure_is_drawn(tmp_path, monkeypatch):
     monkeypatch.undo()
     grid.main([f"--output={tmp_path}", *FLAGS], Runner(NAMES[0]))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "[null]", "[" * 20_000, '{"flags": [], "result": {}}'])
+def test_a_damaged_file_of_a_run_is_named_with_the_remedy(text, tmp_path, capsys):
+    grid.main([f"--output={tmp_path}", *FLAGS], Runner())
+    (tmp_path / f"{NAMES[1]}.json").write_text(text)
+    runner = Runner()
+    assert grid.main([f"--output={tmp_path}", *FLAGS], runner) == 2 and runner.ran == []
+    told = capsys.readouterr().err
+    assert f"{NAMES[1]}.json" in told and ("remove it" in told or "restore the file" in told) and told.count("\n") == 1
+
+
+WAITING = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+folder.mkdir()
+def stop(number, _):
+    (folder / "saved").write_text("state")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+(folder / "started").write_text("")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_run_save_its_state(number, tmp_path, environment):
+    (tmp_path / "train.py").write_text(WAITING)
+    command = [sys.executable, "-m", "harness.grid", f"--output={tmp_path / 'out'}", f"--command={tmp_path / 'train.py'}"]
+    process = subprocess.Popen([*command, "--config.seed=0"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "only" / "started").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == "stopped: run the same command again to go on\n"
+    assert (tmp_path / "out" / "only" / "saved").exists()

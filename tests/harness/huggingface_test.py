@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 import evaluate
 import grpo
 import sft
-from analysis import sweep
+from analysis import choose, sweep
 from harness import export, huggingface, llama
 from harness.build import build
 from harness.cli import UsageError
@@ -312,7 +312,7 @@ DAMAGE: dict[str, tuple[Callable, str]] = {
     "edited recipe": (lambda f: (f / "recipe.json").write_text("{}"), r"recipe\.json does not match its checksum"),
     "a folder for a file": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-        r"config\.json cannot be read",
+        r"config\.json .*cannot be read",
     ),
     "no checksums": (lambda f: rewrite(f, lambda t: None), "lack the checksum of"),
     "an array missing": (
@@ -483,9 +483,9 @@ def test_into_a_zip_file_the_command_puts_evidence(smoke_run, command: Callable,
     names = [f"{smoke_run.path.name}/{name}" for name in ("config.json", "eval.json", "metrics.jsonl")]
     assert json.loads(ended.out.splitlines()[-1]) == {"output": str(tmp_path / "evidence.zip"), "added": names}
     with zipfile.ZipFile(tmp_path / "evidence.zip") as file:
-        assert {name: file.read(name) for name in file.namelist()} == {
-            name: (smoke_run.path.parent / name).read_bytes() for name in names
-        }
+        assert {*file.namelist()} == {*names, "checksums.json"}
+        for name in names:
+            assert file.read(name) == (smoke_run.path.parent / name).read_bytes()
 
 
 def test_an_exported_folder_converts_to_shards_of_bfloat16(exported, command: Callable, tmp_path):
@@ -543,9 +543,35 @@ def test_its_evaluation_equals_that_of_its_workdir(smoke_run, exported, command:
         assert ended.status == 0, ended.err
         (record,) = json.loads((output / "eval.json").read_text())
         untimed = [{n: v for n, v in result.items() if "milliseconds" not in n} for result in record["results"]]
-        records.append({n: v for n, v in record.items() if "seconds" not in n and "_ms" not in n} | {"results": untimed})
+        kept = {n: v for n, v in record.items() if "seconds" not in n and "_ms" not in n and n != "checksum"}
+        records.append(kept | {"results": untimed})
     ours, theirs = records
     assert ours["results"] and {name for name in ours if ours[name] != theirs[name]} == set()
+
+
+def test_a_renamed_field_of_its_recipe_is_damage(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    text = (folder / "recipe.json").read_text()
+    (folder / "recipe.json").write_text(text.replace("learning_rate", "learning_rats", 1))
+    with pytest.raises(UsageError, match=r"recipe\.json does not match its checksum: copy the folder again"):
+        read_config(folder)
+
+
+def test_a_changed_number_of_its_log_is_never_drawn(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    assert choose.read_logs([str(folder)])
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("1", "2", 1))
+    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match its checksum"):
+        choose.read_logs([str(folder)])
+
+
+def test_an_evaluation_of_it_is_written_elsewhere(exported, command: Callable, tmp_path, monkeypatch):
+    before = contents(exported)
+    monkeypatch.chdir(tmp_path)
+    ended = command(evaluate, f"--workdir={exported}")
+    assert ended.status == 0, ended.err
+    assert contents(exported) == before and (tmp_path / "runs" / "evaluation" / "eval.json").exists()
 
 
 def test_no_run_begins_in_an_exported_folder(exported, command: Callable):

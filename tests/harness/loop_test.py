@@ -16,8 +16,8 @@ class Counting:
 
     log_every, eval_every, validates_start, batch, loss, temperature = 3, 2, False, None, None, 1.0
 
-    def __init__(self, steps: int, measured: dict[int, dict] | None = None) -> None:
-        self.steps, self.measured, self.at = steps, measured or {}, 0
+    def __init__(self, steps: int, measured: dict[int, dict] | None = None, breaks: int = 0) -> None:
+        self.steps, self.measured, self.breaks, self.at = steps, measured or {}, breaks, 0
 
     def resume(self, cursor) -> None:
         self.at = cursor or 0
@@ -28,7 +28,8 @@ class Counting:
     def step(self, state: TrainState, number: int):
         self.at = number
         loss = self.measured.get(number, jnp.float32(number))
-        return TrainState({"w": state.params["w"] + 1}, (), state.step + 1), {"loss": loss}
+        params = {"w": state.params["w"] + (jnp.inf if number == self.breaks else 1)}
+        return TrainState(params, (), state.step + 1), {"loss": loss}
 
     def summary(self, pending, seconds):
         return {"loss": sum(values["loss"] for values in pending), "steps": len(pending)}
@@ -75,3 +76,13 @@ def test_a_step_that_is_not_finite_is_named_and_not_saved(tmp_path, validated, s
     number, kept, _ = Workdir(tmp_path, ConfigDict()).load_failed()
     assert number == step and kept["params"]["w"].tolist() == [step - 1] * 2
     assert len(validated) == 3 - (step - 1) // 2
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_parameters_that_are_not_finite_are_named_at_their_step(tmp_path, validated, step):
+    """Also between two lines of the log."""
+    validated += [0.0] * 3
+    with pytest.raises(UsageError, match=f"not finite at step {step}: parameters"):
+        loop.train(None, Workdir(tmp_path, ConfigDict()), Counting(6, breaks=step), start())
+    number, kept, _ = Workdir(tmp_path, ConfigDict()).load_failed()
+    assert number == step and kept["params"]["w"].tolist() == [step - 1] * 2

@@ -86,7 +86,7 @@ def test_a_run_is_converted_once(run, capsys):
     assert migrate.main([str(run)]) == 0
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
     assert capsys.readouterr().out.splitlines() == [
-        f"{run}: converted config.json, eval.json, metrics.jsonl",
+        f"{run}: converted metrics.jsonl, eval.json, config.json",
         f"{run}: nothing to convert",
     ]
 

@@ -48,3 +48,10 @@ def test_a_damaged_reference_is_named(tmp_path):
     (tmp_path / "reference" / "2" / "checksums.json").unlink()
     with pytest.raises(UsageError, match="checksums.json is missing"):
         Reference(params(0), tmp_path / "reference").resume(reference.cursor)
+
+
+def test_a_run_goes_on_from_the_start_that_it_had_alone(tmp_path):
+    cursor = Reference(params(0), tmp_path / "reference", "of the start").cursor
+    Reference(params(0), tmp_path / "reference", "of the start").resume(cursor)
+    with pytest.raises(UsageError, match="--init holds other parameters than those that this run started from"):
+        Reference(params(1), tmp_path / "reference", "of another").resume(cursor)

@@ -246,6 +246,7 @@ def test_the_state_before_a_damaged_one_is_used_after_saying_so(tmp_path, capsys
         assert restored is not None and int(restored[0]["n"]) == restored[1]["cursor"] == 5, file
         told = capsys.readouterr().err
         assert (file.name in told or file.name == files.CHECKSUMS) and told.endswith("going on from the checkpoint before it, 5\n"), told
+        (tmp_path / "checkpoints" / "10.damaged").rename(tmp_path / "checkpoints" / "10")  # which it kept
         assert results.read_log(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1}]
     (tmp_path / "checkpoints" / "5" / "extra" / "metadata").write_text("{}")
     (tmp_path / "checkpoints" / "10" / "extra" / "metadata").write_text("{}")
@@ -283,14 +284,45 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_state(tmp_path):
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_checkpoints_of_an_older_run_get_their_checksums_by_migrating(tmp_path):
+def test_a_damaged_state_never_takes_the_place_of_a_good_one(tmp_path):
+    """The two that are kept after a damaged one was passed over are good ones."""
+    run, folder = Workdir(tmp_path, config()), tmp_path / "checkpoints"
+    for step in (40, 60):
+        run.save(step, tree(step), {})
+    (folder / "60" / "extra" / "metadata").write_text("damaged")
+    assert run.restore(tree(0)) is not None
+    run.save(45, tree(45), {})
+    assert {path.name for path in folder.iterdir()} == {"40", "45", "60.damaged"}
+    run.save(50, tree(50), {})
+    assert {path.name for path in folder.iterdir()} == {"45", "50", "60.damaged"}
+
+
+def test_checkpoints_get_checksums_by_migrating_in_an_older_run_alone(tmp_path):
+    """In a run of the present format a checkpoint without them is damaged."""
     run = Workdir(tmp_path, config())
     run.save(5, tree(5), {})
     (tmp_path / "checkpoints" / "5" / files.CHECKSUMS).unlink()
-    with pytest.raises(UsageError, match=rf"checksums.json is missing: `python -m harness.migrate {tmp_path}`"):
+    with pytest.raises(UsageError, match=r"checksums.json is missing: copy the run again, or remove"):
         run.restore(tree(0))
-    assert migrate.migrate(tmp_path) == ["checkpoints/5/checksums.json"] and migrate.migrate(tmp_path) == []
+    assert migrate.migrate(tmp_path) == []
+    (tmp_path / "config.json").write_text(json.dumps(config(model={"temperature": 1.0}, sampler={"temperature": 1.0}).to_dict()))
+    assert migrate.migrate(tmp_path) == ["checkpoints/5/checksums.json", "config.json"] and migrate.migrate(tmp_path) == []
     assert run.restore(tree(0)) is not None
+
+
+def test_of_two_failed_steps_the_later_one_in_time_is_replayed(tmp_path):
+    for step, rate in ((55, 1e6), (45, 1e3)):
+        run = Workdir(tmp_path, config(optimizer={"learning_rate": rate}))
+        run.save_failed(step, {"params": tree(step)}, "loss")
+    assert run.load_failed()[0] == 45
+    Workdir(tmp_path, config(optimizer={"learning_rate": 1.0}))  # the remedy works again
+
+
+def test_what_a_kill_left_of_a_replaced_file_goes(tmp_path):
+    Workdir(tmp_path, config())
+    (tmp_path / "config.json.123.part").write_text("{")
+    Workdir(tmp_path, config())
+    assert not (tmp_path / "config.json.123.part").exists()
 
 
 # ------------------------------------------------------------------- a failed step
