@@ -1,6 +1,6 @@
 """Whatever is typed, read from a file or written by a model: an answer or one sentence, soon, and nothing evaluated.
 
-The quick tier runs some 500 cases; `-m slow` runs 200,000 (`CASES`).
+The quick tier runs some 600 cases; `-m slow` runs 200,000 (`CASES`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import sys
 import time
 import typing
+import zipfile
 from collections.abc import Callable
 
 import jax
@@ -26,20 +27,29 @@ from ml_collections import ConfigDict, config_flags
 
 import evaluate
 import solver
-from analysis import viewer
+from analysis import choose, viewer
 from configs import apr
 from countdown.grader import Problem, grade_path
 from countdown.language import Tokenizer, parse, render
 from countdown.task import Countdown, record
-from harness import huggingface
+from harness import grid, huggingface, results
 from harness.build import build
 from harness.cli import UsageError, _config_errors, usage_errors
+from harness.workdir import read_config
 from protocols import MalformedSpawn
 from records import Call, Thread, stored
 from train_state import init_params
 
 SECONDS = 20.0  # most of one case, on a busy machine
-CASES = {"overrides": (80, 2_000), "problems": (150, 40_000), "traces": (60, 8_000), "exported": (40, 10_000), "grammar": (250, 140_000)}
+CASES = {  # quick, slow
+    "overrides": (80, 2_000),
+    "problems": (150, 40_000),
+    "traces": (60, 8_000),
+    "exported": (40, 10_000),
+    "recorded": (60, 10_000),
+    "grammar": (250, 130_000),
+}
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 Case = Callable[[random.Random], object]
 ALLOWED = (UsageError, MalformedSpawn)
 
@@ -210,6 +220,50 @@ def exported(folder: pathlib.Path) -> Case:
     return case
 
 
+def recorded(folder: pathlib.Path) -> Case:
+    """What runs leave. Evaluations, evidence and points of a grid: the right ones or a refusal, no other ones."""
+    run, archive, point = folder / "apr", folder / "evidence.zip", grid.Run({}, ("--config.seed=0",))
+    run.mkdir()
+    entry = json.loads((ROOT / "pretrained" / "apr" / "eval.json").read_text())[0]
+    entry |= {"n": 2, "samples": 1, "results": entry["results"][:2]}
+    texts = {
+        run / "config.json": json.dumps(small().to_dict()),
+        run / "eval.json": json.dumps([results.signed(entry)]),
+        run / "metrics.jsonl": '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n',
+        folder / "only.json": json.dumps(results.signed({"flags": [*point.flags], "result": {"accuracy": 0.5}})),
+    }
+    for file, text in texts.items():
+        file.write_text(text)
+    results.add_evidence(run, archive)
+    readers: dict[pathlib.Path, Callable[[], object]] = {
+        run / "config.json": lambda: read_config(run),
+        run / "metrics.jsonl": lambda: choose.read_logs([str(run)]),
+        run / "eval.json": lambda: choose.read_entries(run / "eval.json"),
+        folder / "only.json": lambda: grid.ended(point, folder),
+        archive: lambda: [choose.read_entries(path) for path in results.evaluations(folder) if isinstance(path, zipfile.Path)],
+    }
+    whole = {file: (file.read_bytes(), read()) for file, read in readers.items()}
+
+    def case(rng: random.Random) -> object:
+        file = rng.choice([*readers])
+        data, expected = whole[file]
+        if file.suffix == ".json" and rng.random() < 0.5:
+            file.write_text(json.dumps(mutated(rng, json.loads(data))))
+        else:
+            file.write_bytes(damaged(rng, data))
+        try:
+            found = readers[file]()
+            if file.stem == "eval":
+                assert all(entry in expected for entry in found)  # one may be missing, or there twice
+            elif file.stem not in ("config", "metrics"):
+                assert found == expected
+        finally:
+            file.write_bytes(data)
+        return found
+
+    return case
+
+
 # ------------------------------------------------------------------- what a model may write
 
 
@@ -242,7 +296,14 @@ def grammar(_: pathlib.Path) -> Case:
     return case
 
 
-KINDS = {"overrides": overrides, "problems": problem_files, "traces": traces, "exported": exported, "grammar": grammar}
+KINDS = {
+    "overrides": overrides,
+    "problems": problem_files,
+    "traces": traces,
+    "exported": exported,
+    "recorded": recorded,
+    "grammar": grammar,
+}
 
 
 def run(kind: str, count: int, folder: pathlib.Path) -> collections.Counter:
