@@ -163,7 +163,7 @@ def demonstrator(
         token_bin={"desktop": 128}.get(preset, 512 if preset in LARGE else 64),  # of SoS+'s budget: context / 8
         prune=preset not in LARGE,  # repeated states, and what costs more than the target; the paper prunes nothing
         heuristic="near" if explores else "paper" if preset in LARGE else "total",  # which children are best
-        cost_limit=6 if explores else -1,  # explore all and keep what is near: a model then judges what it sees
+        cost_limit=5 if explores else -1,  # explore all and keep what is near: a model then judges what it sees
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
         depth=1,  # levels of threads below the root's (APR), at most limits.depth; the paper has one
         spawn_when="coin",  # or "large": a node is promising if its children have three or more numbers left

@@ -44,11 +44,11 @@ _PAIRS = {n: list(itertools.combinations(range(n), 2)) for n in range(2, 7)}
 def nearness(numbers: list[int], target: int) -> float:
     """Distance to the target of the nearest of: the sum of the numbers, the largest less the others, their product.
 
-    A product's distance counts 0.6: products lie wider apart than sums, and are harder to tell without writing them.
+    A product's distance counts half: products lie wider apart than sums, and are harder to tell without writing them.
     """
     total = sum(numbers)
     by_sums = min(abs(total - target), abs(2 * max(numbers) - total - target))
-    return min(by_sums, 0.6 * abs(math.prod(numbers) - target))
+    return min(by_sums, abs(math.prod(numbers) - target) / 2)
 
 
 # Costs of the numbers left. The first two are SoS's: distances to the nearest factor >= 2 of the target, added up, and

@@ -139,7 +139,7 @@ def heuristic_by_definition(name, numbers, target):
         return abs(sum(numbers) - target)
     if name == "near":
         *rest, largest = sorted(numbers)
-        product = Fraction(3, 5) * abs(largest * math.prod(rest) - target)
+        product = Fraction(1, 2) * abs(largest * math.prod(rest) - target)
         return min(abs(largest + sum(rest) - target), abs(largest - sum(rest) - target), product)
     if name == "sum":
         return sum(abs(Fraction(x) - target) for x in numbers) / len(numbers)
@@ -210,12 +210,12 @@ def test_pruning_lists_the_cheapest_distinct_states_that_cost_at_most_the_target
 
 def test_nearness_by_hand():
     assert nearness([6, 4], 24) == 0  # 6 * 4
-    assert nearness([7, 5], 24) == pytest.approx(6.6)  # 0.6 of 35 - 24, and 12 is farther
+    assert nearness([7, 5], 24) == 5.5  # half of 35 - 24, and 12 is farther
     assert nearness([17, 5], 24) == 2  # 17 + 5
     assert nearness([30, 5], 24) == 1  # 30 - 5
-    assert nearness([12], 24) == pytest.approx(7.2)  # its product; as a sum it costs 12
+    assert nearness([12], 24) == 6  # its product; as a sum it costs 12
     assert nearness([40, 9, 5], 24) == 2  # 40 - 9 - 5
-    assert nearness([2, 3, 5], 24) == pytest.approx(3.6)  # 0.6 of 30 - 24
+    assert nearness([2, 3, 5], 24) == 3  # half of 30 - 24
 
 
 @pytest.mark.parametrize("method", ["sos", "direct"])
