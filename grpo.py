@@ -254,7 +254,8 @@ def train(pool: RolloutPool, workdir: Workdir, reference: typing.Any) -> None:
     """Runs or resumes reinforcement learning from the parameters `reference`."""
     state = state_from_params(pool.parts.optimizer, pool.parts.mesh, reference)
     copy = jax.tree.map(jnp.copy, state.params)  # the state's own are donated to the next
-    kept = Reference(copy, workdir.path / "reference", fingerprint(reference))
+    read = GrpoConfig(**pool.parts.config.grpo).compares
+    kept = Reference(copy, workdir.path / "reference", fingerprint(reference) if read else "")
     loop.train(pool, workdir, Trainer(pool, kept), state)
 
 

@@ -29,13 +29,21 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Notes Ctrl-C and SIGTERM in a list, so that the block can end when it is ready. A second one ends it at once."""
+    """Notes Ctrl-C and SIGTERM in a list, so that the block can end when it is ready. A second one ends it at once.
+
+    Those within a second are one: a terminal or a scheduler may signal a command and what started it.
+    """
     noted: list[int] = []
+    first = 0.0
 
     def note(number: int, _: typing.Any) -> None:
+        nonlocal first
         if noted:
-            raise Stopped(number)
+            if time.monotonic() - first > 1:
+                raise Stopped(number)
+            return
         noted.append(number)
+        first = time.monotonic()
         print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
 
     with _handled(note):

@@ -90,10 +90,16 @@ def checksum(data: bytes, *about: typing.Any) -> str:
 
 
 def check_text(path: pathlib.Path) -> None:
-    """Raises UsageError if a text file does not match what the arrays beside it, of an exported model, say of it."""
+    """Raises UsageError if a text file does not match what the arrays beside it say of it, if there are any.
+
+    The arrays are those of an exported model.
+    """
     header: dict[str, str] = {}
+    models = sorted(path.parent.glob("model*.safetensors"))
+    if not models:
+        return
     try:
-        for arrays in sorted(path.parent.glob("model*.safetensors")):
+        for arrays in models:
             with safetensors.safe_open(arrays, framework="numpy") as file:
                 header |= file.metadata() or {}
         found = checksum(path.read_bytes(), path.name)

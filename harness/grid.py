@@ -87,11 +87,12 @@ def ended(run: Run, output: pathlib.Path) -> Result | None:
     file = output / f"{run.name}.json"
     if not file.exists():
         return None
+    remedy = "remove it, and its run is evaluated again"
     try:
         stored = json.loads(file.read_text())
-        results.match(stored, str(file))
+        results.match(stored, str(file), remedy)
     except (AttributeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged ({one_line(error)}): remove it, and its run is evaluated again") from error
+        raise UsageError(f"{file} is damaged ({one_line(error)}): {remedy}") from error
     if changed := set(stored["flags"]) ^ set(run.flags):
         raise UsageError(f"{file} is of another grid ({', '.join(sorted(changed))}): choose another --output")
     return stored["result"]
@@ -102,17 +103,19 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
     words = [sys.executable, command, *run.flags, f"--workdir={output / run.name}"]
     log = output / f"{run.name}.log"
     with open(log, "a") as file:
-        # In a session of its own: a signal reaches it once, through this process.
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        stopped: KeyboardInterrupt | None = None
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt as stop:  # the run saves its state; after a second one it ends at once
+                stopped = stop
+                process.terminate()
+        if stopped:
+            raise stopped
     lines = log.read_text(errors="replace").splitlines() or [""]
-    if status:
-        return f"status {status}: {lines[-1][:200]}"
+    if process.returncode:
+        return f"status {process.returncode}: {lines[-1][:200]}"
     try:
         result = dict(json.loads(lines[-1]))
     except ValueError:

@@ -23,7 +23,7 @@ Deviations from a plain Llama folder, none of which other software reads:
   rounding could avoid this. The header of the first safetensors file keeps these units ("ulps/embedding").
 - In a folder of bfloat16 the products stay float32: transformers then computes the logits of the rounded parameters.
 - The header keeps a BLAKE2b checksum of each array (over name, dtype, shape and bytes), of each text file, and of
-  all parameters as they come back. eval.json has none, for `evaluate.py` writes it again.
+  all parameters as they come back. An evaluation in eval.json carries its own.
 
 There is no tokenizer.json: the language matches the longest phrase first, which is no byte-pair encoding.
 """
@@ -132,8 +132,7 @@ def save(
     texts = {name: _json_bytes(value) for name, value in zip(TEXTS, values, strict=True)}
     if source is not None:
         texts |= {name: _read(source / name) for name in (LOG, EVALUATION) if (source / name).exists()}
-        for value in json.loads(texts.get(EVALUATION, b"[]")):
-            results.match(value, str(source / EVALUATION))
+        results.match_all(texts.get(EVALUATION, b"[]"), str(source / EVALUATION))
     header |= {name: checksum(data, name) for name, data in texts.items() if name != EVALUATION}
     files = {**_model_files(tensors, header, shard_bytes), **texts}
     try:

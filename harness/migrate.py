@@ -100,10 +100,10 @@ def migrate(path: pathlib.Path) -> list[str]:
     Raises ValueError if there is no run, and UsageError if another process writes to it.
     """
     texts = {name: path / name for name in ("metrics.jsonl", "eval.json", "config.json")}
-    found = {name: file.read_text() for name, file in texts.items() if file.exists()}
-    if not found:
+    if not any(file.exists() for file in texts.values()):
         raise ValueError(f"{path} holds no run: no {', '.join(texts)}")
     files.lock(path)
+    found = {name: file.read_text() for name, file in texts.items() if file.exists()}
     done = []
     if "config.json" in found and _converted("config.json", found["config.json"]) != found["config.json"]:
         for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):

@@ -24,7 +24,10 @@ class Reference:
     """`params`, and the `step` after which they were the policy (0: the start)."""
 
     def __init__(self, start: typing.Any, path: pathlib.Path | None = None, fingerprint: str = "") -> None:
-        """`path` is where replacements are kept, without one there can be none; the fingerprint is of the start."""
+        """`path` is where replacements are kept: without one there can be none.
+
+        The fingerprint is of the start; "" where nothing reads the reference, and any start will do.
+        """
         self.params, self.step, self.fingerprint = start, 0, fingerprint
         self._kept = Checkpoints(path, "params", "values") if path else None
         self._before: float | None = None  # mean reward of the last stretch
@@ -37,7 +40,7 @@ class Reference:
 
     def resume(self, cursor: dict[str, typing.Any]) -> None:
         """Goes on at a cursor. Raises UsageError if the start is another, or the reference missing or damaged."""
-        if cursor["start"] != self.fingerprint:
+        if self.fingerprint and cursor.get("start", self.fingerprint) != self.fingerprint:
             raise UsageError("--init holds other parameters than those that this run started from: name a copy of them")
         self.step, self._before, self._rewards = cursor["step"], cursor["before"], list(cursor["rewards"])
         if self.step and self._kept:

@@ -107,11 +107,22 @@ def signed(value: dict[str, typing.Any]) -> dict[str, typing.Any]:
     return {**value, "checksum": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
-def match(value: dict[str, typing.Any], where: str) -> None:
+AGAIN = "restore the file, measure it again, or convert an older one with `python -m harness.migrate`"
+
+
+def match(value: dict[str, typing.Any], where: str, remedy: str = AGAIN) -> None:
     """Raises UsageError unless a JSON object matches the checksum in it."""
     if signed(value)["checksum"] != value.get("checksum"):
-        remedy = "restore the file, measure it again, or convert an older one with `python -m harness.migrate`"
         raise UsageError(f"{where} does not match its checksum: {remedy}")
+
+
+def match_all(data: bytes, where: str) -> None:
+    """Raises UsageError unless all evaluations of an eval.json match their checksums."""
+    try:
+        for value in json.loads(data):
+            match(value, where)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is damaged ({error}): {AGAIN}") from error
 
 
 def read(value: typing.Any, where: str) -> Evaluation:
@@ -167,7 +178,8 @@ def _unzipped(path: pathlib.Path) -> zipfile.Path:
                 raise ValueError("a file does not match its checksum")
         return zipfile.Path(path)
     except (*DAMAGES, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({error}): restore it, or name another folder") from error
+        remedy = "restore it, name another folder, or remove it and add its runs again with `python -m harness.export`"
+        raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def _sums(contents: dict[str, bytes]) -> dict[str, str]:
@@ -193,8 +205,7 @@ def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
     new = {f"{run.name}/{name}": (run / name).read_bytes() for name in KEPT if (run / name).exists()}
     if f"{run.name}/eval.json" not in new:
         raise UsageError(f"{run} has no eval.json: evaluate it first")
-    for value in json.loads(new[f"{run.name}/eval.json"]):
-        match(value, str(run / "eval.json"))
+    match_all(new[f"{run.name}/eval.json"], str(run / "eval.json"))
     files.lock(path.parent)
     kept: dict[str, bytes] = {}
     if path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pathlib
 
 import jax
@@ -165,6 +166,10 @@ def test_threads_cut_before_they_sampled_anything_are_counted_and_weigh_nothing(
     assert weights == pytest.approx(2 / (calls + 2), rel=1e-4)
     described = grpo.describe(collection)
     assert (described["truncated"], described["sampled_accuracy"], described["live_groups"]) == (0.5, 0.5, 1.0)
+    logprobs = [-1.0, -2.0, -1.0, *(lp for thread in good[0].threads() for call in thread.calls for lp in call.logprobs)]
+    assert described["sampled_logprob"] == pytest.approx(sum(logprobs) / len(logprobs))
+    root.calls[0].logprobs[1] = math.nan
+    assert math.isnan(grpo.describe(collection)["sampled_logprob"])  # so that the loop stops, update or not
 
 
 # ------------------------------------------------------------------- collecting

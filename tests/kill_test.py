@@ -119,12 +119,14 @@ def waits_for(process: subprocess.Popen, word: str) -> None:
 
 
 @pytest.mark.slow
-def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(start, tmp_path, environment):
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(stage, start, tmp_path, environment):
     """Stopped by SIGTERM on one device and by Ctrl-C on four, then run to the end on one."""
-    arguments = [*SFT, f"--workdir={tmp_path / 'run'}", "--config.optimizer.steps=100"]
+    long = {"sft": [*SFT, "--config.optimizer.steps=100"], "grpo": [*grpo(start), "--config.grpo.steps=100"]}[stage]
+    arguments, word = [*long, f"--workdir={tmp_path / 'run'}"], {"sft": "loss", "grpo": "reward"}[stage]
     for number, devices in ((signal.SIGTERM, 1), (signal.SIGINT, 4)):
         process = started(arguments, environment, devices)
-        waits_for(process, "loss")
+        waits_for(process, word)
         if number == signal.SIGTERM:
             second = started(arguments, environment)
             _, err = second.communicate(timeout=600)
@@ -134,5 +136,5 @@ def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(start, tm
         assert process.returncode == 128 + number, err
         assert "Traceback" not in err and "which is saved: run the same command again to go on" in err
     finished(arguments, environment)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if word in line]
     assert steps == [*range(1, 101)]

@@ -25,7 +25,7 @@ STEPS = int(os.environ.get("STEPS", "1000"))
 def test_a_thousand_steps_leave_memory_and_compiled_functions_as_they_are(tmp_path, monkeypatch):
     """Of the whole loop: rollouts, updates, log, validation, checkpoints."""
     penalties = dict(grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
-    few = dict(sampler__buckets="coarse", sampler__length_bucket=512)  # functions: rare shapes come late
+    few = dict(sampler__buckets="coarse", sampler__length_bucket=512, sampler__rows=2)  # functions: rare shapes come late
     config = rl_config(grpo__steps=STEPS, train__eval_every=max(STEPS // 40, 1), **penalties, **few)
     pool = RolloutPool(build(config))
     compiled: list[int] = []

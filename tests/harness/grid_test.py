@@ -1,6 +1,7 @@
 """Grids of trainings: how flags expand, what is run again, what a failure stops, and the table."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -142,30 +143,36 @@ def test_a_damaged_file_of_a_run_is_named_with_the_remedy(text, tmp_path, capsys
     runner = Runner()
     assert grid.main([f"--output={tmp_path}", *FLAGS], runner) == 2 and runner.ran == []
     told = capsys.readouterr().err
-    assert f"{NAMES[1]}.json" in told and ("remove it" in told or "restore the file" in told) and told.count("\n") == 1
+    assert f"{NAMES[1]}.json" in told and told.endswith("remove it, and its run is evaluated again\n") and told.count("\n") == 1
 
 
 WAITING = """
-import pathlib, signal, sys, time
+import pathlib, sys, time
+from harness.cli import signals_noted
 folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
 folder.mkdir()
-def stop(number, _):
+with signals_noted() as noted:
+    (folder / "started").write_text("")
+    while not noted:
+        time.sleep(0.05)
+    time.sleep(0.5)
     (folder / "saved").write_text("state")
-    sys.exit(128 + number)
-signal.signal(signal.SIGTERM, stop)
-(folder / "started").write_text("")
-time.sleep(600)
+sys.exit(128 + noted[0])
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_run_save_its_state(number, tmp_path, environment):
+@pytest.mark.parametrize("to_all", [False, True], ids=["alone", "all"])
+def test_a_signal_lets_the_run_save_its_state(number, to_all, tmp_path, environment):
+    """Whether it reaches the grid alone, or as from a terminal or a scheduler the run as well."""
     (tmp_path / "train.py").write_text(WAITING)
     command = [sys.executable, "-m", "harness.grid", f"--output={tmp_path / 'out'}", f"--command={tmp_path / 'train.py'}"]
-    process = subprocess.Popen([*command, "--config.seed=0"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    env = environment | {"PYTHONPATH": str(ROOT)}
+    how = dict(cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*command, "--config.seed=0"], **how)
     while not (tmp_path / "out" / "only" / "started").exists():
         time.sleep(0.05)
-    process.send_signal(number)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and err == "stopped: run the same command again to go on\n"
     assert (tmp_path / "out" / "only" / "saved").exists()
