@@ -3,7 +3,7 @@
     python sft.py --config=configs/apr.py            # preset laptop
     python sft.py --config=configs/apr.py:PRESET     # smoke, laptop, desktop, gpu, paper
 
-Time: laptop about 25 minutes and desktop at most 2 hours on 2 CPU cores. Expected score: see README.
+Time: laptop about 27 minutes and desktop at most 2 hours on 2 CPU cores. Expected score: see README.
 """
 
 from ml_collections import ConfigDict
