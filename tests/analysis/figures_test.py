@@ -311,7 +311,7 @@ def test_a_damaged_zip_file_is_named_and_one_of_something_else_left_alone(tmp_pa
     assert len(choose.read_results([str(tmp_path)])) == 1
     (tmp_path / "evidence.zip").write_bytes(b"PK")
     for folder in (tmp_path, tmp_path / "run"):
-        with pytest.raises(UsageError, match=r"evidence\.zip is damaged \(.*\): restore it, or name another folder"):
+        with pytest.raises(UsageError, match=r"evidence\.zip is damaged \(.*\): restore it, name another folder, or remove it"):
             choose.read_results([str(folder)])
 
 
