@@ -235,7 +235,7 @@ def recorded(folder: pathlib.Path) -> Case:
     for file, text in texts.items():
         file.write_text(text)
     results.add_evidence(run, archive)
-    readers: dict[pathlib.Path, Callable[[], object]] = {
+    readers: dict[pathlib.Path, Callable[[], typing.Any]] = {
         run / "config.json": lambda: read_config(run),
         run / "metrics.jsonl": lambda: choose.read_logs([str(run)]),
         run / "eval.json": lambda: choose.read_entries(run / "eval.json"),
