@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("KILLS", "20"))
 SMALL = [f"--config.{field}" for field in ("model.layers=1", "sampler.length_bucket=512", "evaluation.problems=4", "train.eval_problems=4")]
 SFT = ["sft.py", "--config=configs/apr.py:smoke", *SMALL, "--config.train.eval_every=2"]
-TIMES = ("seconds", "per_second", "milliseconds", "throughput_ms")
+TIMES = ("seconds", "per_second", "milliseconds", "throughput_ms", "checksum")  # which is of the times too
 SWEEP = """
 import ml_collections
 def get_config():
