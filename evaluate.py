@@ -153,8 +153,8 @@ def main(_: list[str]) -> None:
     params, result = load_best(source, parts.param_shapes())
     pool = RolloutPool(parts)
     if args.numbers is None:
-        own = args.workdir and not args.problems and json.loads(args.config.to_json()) == read_config(source)
-        own = own and not holds_model(source)  # what was exported stays as it is
+        as_it_is = not args.problems and json.loads(args.config.to_json()) == read_config(source)
+        own = args.workdir and not holds_model(source) and as_it_is  # what was exported stays as it is
         output = pathlib.Path(args.output or (source if own else ELSEWHERE))
         report(pool, params, problems, output, result["step"])
         return None

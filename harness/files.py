@@ -1,7 +1,8 @@
 """Files that are whole: replaced at once, held to checksums, in a folder that one run at a time may write. No JAX.
 
 A signed folder holds `checksums.json`: the SHA-256 of every other file in it, written last. So a bit that flipped,
-a file that was cut, one that is missing and one that was added are all found before anything is read.
+a file that was cut, one that is missing and one that was added are all found before anything is read. The texts of an
+exported model are held to what the header of its arrays says of them.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ def checksum(data: bytes, *about: typing.Any) -> str:
     return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
 
 
+def read(path: pathlib.Path) -> bytes:
+    """The bytes of a file of an exported model. Raises UsageError if it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing: {REMEDY}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error}): {REMEDY}") from error
+
+
 def check_text(path: pathlib.Path) -> None:
     """Raises UsageError if a text file does not match what the arrays beside it say of it, if there are any.
 
@@ -98,15 +109,13 @@ def check_text(path: pathlib.Path) -> None:
     models = sorted(path.parent.glob("model*.safetensors"))
     if not models:
         return
-    try:
-        for arrays in models:
+    found = checksum(read(path), path.name)
+    for arrays in models:
+        try:
             with safetensors.safe_open(arrays, framework="numpy") as file:
                 header |= file.metadata() or {}
-        found = checksum(path.read_bytes(), path.name)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing: {REMEDY}") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} or the arrays beside it cannot be read ({error}): {REMEDY}") from error
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UsageError(f"{arrays} is damaged ({error}): {REMEDY}") from error
     if header.get(path.name, found) != found:
         raise UsageError(f"{path} does not match its checksum: {REMEDY}")
 

@@ -49,7 +49,7 @@ from flax import traverse_util
 
 from harness import results
 from harness.cli import UsageError
-from harness.files import REMEDY, check_text, checksum
+from harness.files import REMEDY, check_text, checksum, read
 from harness.llama import SCALED, fit, from_llama, llama_config, to_llama
 from model import ModelConfig
 
@@ -131,7 +131,7 @@ def save(
     values = (hf_config, generation, dict(recipe), dict(result))
     texts = {name: _json_bytes(value) for name, value in zip(TEXTS, values, strict=True)}
     if source is not None:
-        texts |= {name: _read(source / name) for name in (LOG, EVALUATION) if (source / name).exists()}
+        texts |= {name: read(source / name) for name in (LOG, EVALUATION) if (source / name).exists()}
         results.match_all(texts.get(EVALUATION, b"[]"), str(source / EVALUATION))
     header |= {name: checksum(data, name) for name, data in texts.items() if name != EVALUATION}
     files = {**_model_files(tensors, header, shard_bytes), **texts}
@@ -297,7 +297,7 @@ def _read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str,
 
 def _read_file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
     """The same of one safetensors file; arrays that have a checksum match it."""
-    data = _read(path)
+    data = read(path)
     try:
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
@@ -321,7 +321,7 @@ def _read_file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str
 
 def _parse(path: pathlib.Path) -> dict[str, typing.Any]:
     """A JSON object. Raises UsageError if the file holds none."""
-    data = _read(path)
+    data = read(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -329,13 +329,3 @@ def _parse(path: pathlib.Path) -> dict[str, typing.Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object: {REMEDY}")
     return value
-
-
-def _read(path: pathlib.Path) -> bytes:
-    """The bytes of a file. Raises UsageError if it is missing or cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing: {REMEDY}") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error}): {REMEDY}") from error

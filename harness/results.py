@@ -170,20 +170,26 @@ def opened(run: pathlib.Path) -> AnyPath:
 
 
 def _unzipped(path: pathlib.Path) -> zipfile.Path:
-    """An archive that holds the files that it lists, each with its checksum. Raises UsageError on another."""
+    _contents(path)
+    return zipfile.Path(path)
+
+
+def _contents(path: pathlib.Path) -> dict[str, bytes]:
+    """The files of an archive. Raises UsageError unless they are those that it lists, each with its checksum."""
     try:
         with zipfile.ZipFile(path) as file:
-            wanted, names = json.loads(file.read(files.CHECKSUMS)), file.namelist()
-            if _sums({name: file.read(name) for name in names if name != files.CHECKSUMS}) != wanted:
-                raise ValueError("a file does not match its checksum")
-        return zipfile.Path(path)
+            found = {name: file.read(name) for name in file.namelist()}
+        if _sums(found) != json.loads(found.pop(files.CHECKSUMS)):
+            raise ValueError("a file does not match its checksum")
+        return found
     except (*DAMAGES, OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
         remedy = "restore it, name another folder, or remove it and add its runs again with `python -m harness.export`"
         raise UsageError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def _sums(contents: dict[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    """SHA-256 of each file but the list of them."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items() if name != files.CHECKSUMS}
 
 
 def evaluations(folder: pathlib.Path) -> list[AnyPath]:
@@ -207,14 +213,9 @@ def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
         raise UsageError(f"{run} has no eval.json: evaluate it first")
     match_all(new[f"{run.name}/eval.json"], str(run / "eval.json"))
     files.lock(path.parent)
-    kept: dict[str, bytes] = {}
-    if path.exists():
-        _unzipped(path)
-        with zipfile.ZipFile(path) as old:
-            names = [name for name in old.namelist() if name.split("/")[0] not in (run.name, files.CHECKSUMS)]
-            kept = {name: old.read(name) for name in names}
-    contents = {**kept, **new}
-    contents[files.CHECKSUMS] = (json.dumps(_sums({**kept, **new}), indent=1, sort_keys=True) + "\n").encode()
+    old = _contents(path) if path.exists() else {}
+    contents = {name: data for name, data in old.items() if not name.startswith(f"{run.name}/")} | new
+    contents[files.CHECKSUMS] = (json.dumps(_sums(contents), indent=1, sort_keys=True) + "\n").encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
         for name, data in sorted(contents.items()):
