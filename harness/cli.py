@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -159,6 +160,8 @@ def _config_errors() -> Iterator[None]:
 
 def _fail(message: str, status: int = 2) -> typing.NoReturn:
     print(message if status > 128 else f"error: {message}", file=sys.stderr)
+    sys.unraisablehook = lambda _: None  # open files fail again as Python ends, and so do threads that write
+    threading.excepthook = lambda _: None
     sys.exit(status)
 
 

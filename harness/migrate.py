@@ -104,15 +104,16 @@ def migrate(path: pathlib.Path) -> list[str]:
         raise ValueError(f"{path} holds no run: no {', '.join(texts)}")
     files.lock(path)
     found = {name: file.read_text() for name, file in texts.items() if file.exists()}
+    new = {name: _converted(name, text) for name, text in found.items()}
     done = []
-    if "config.json" in found and _converted("config.json", found["config.json"]) != found["config.json"]:
+    if new.get("config.json") != found.get("config.json"):
         for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):
             if folder.name.isdecimal() and not (folder / files.CHECKSUMS).exists():
                 files.sign(folder)
                 done.append(f"{folder.relative_to(path)}/{files.CHECKSUMS}")
-    for name, text in found.items():  # the configuration, which tells the format, last
-        if (converted := _converted(name, text)) not in ("", text):
-            files.replace(texts[name], converted.encode())
+    for name, text in new.items():  # the configuration, which tells the format, last
+        if text not in ("", found[name]):
+            files.replace(texts[name], text.encode())
             done.append(name)
     return done
 
@@ -123,12 +124,17 @@ def _converted(name: str, text: str) -> str:
         lines = [json.dumps(log(json.loads(line))) for line in text.splitlines() if line.endswith("}")]
         return text if lines == text.splitlines() else "".join(line + "\n" for line in lines)
     value: typing.Any = json.loads(text) if text else []
-    if name == "config.json" and "temperature" in dict(value).get("model", {}):
-        return json.dumps(config(value), indent=1) + "\n"
+    if name == "config.json" and text and "checksum" not in dict(value):
+        new = config(value) if "temperature" in value.get("model", {}) else value
+        return json.dumps(results.signed(new), indent=1) + "\n"
     if name == "eval.json" and any("checksum" not in entry for entry in value):
-        new = [entry if "task" in entry else evaluation(entry) for entry in value]
-        return json.dumps([entry if "checksum" in entry else results.signed(entry) for entry in new], indent=1) + "\n"
+        return json.dumps([entry if "checksum" in entry else _signed(entry) for entry in value], indent=1) + "\n"
     return text
+
+
+def _signed(entry: Json) -> Json:
+    """An evaluation in the new format, with its checksum."""
+    return results.signed(entry if "task" in entry else evaluation(entry))
 
 
 def main(arguments: Sequence[str]) -> int:

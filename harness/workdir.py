@@ -2,7 +2,7 @@
 
 A workdir holds
 
-    config.json      every hyper-parameter of the run
+    config.json      every hyper-parameter of the run, and a checksum of them
     metrics.jsonl    one JSON object per logged step
     events.out.*     the same numbers for TensorBoard
     checkpoints/     the last two full states (parameters, optimizer, data cursor): a killed run resumes from them
@@ -36,7 +36,7 @@ from tensorboardX import SummaryWriter
 from harness import files, huggingface
 from harness.checkpoints import Checkpoints
 from harness.cli import UsageError
-from harness.results import read_log
+from harness.results import match, read_log, signed
 
 PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained" / "apr"  # the shipped run that commands start from
 
@@ -75,7 +75,7 @@ class Workdir:
                 for part in self.path.glob(f"*{files.PART}"):  # by a kill
                     part.unlink()
             multihost_utils.sync_global_devices("everyone has looked")
-            write_json(self.path / "config.json", wanted)
+            write_json(self.path / "config.json", signed(wanted))
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error}): choose another --workdir") from error
         self._writer: SummaryWriter | None = None
@@ -122,8 +122,7 @@ class Workdir:
 
     def save_failed(self, step: int, tree: typing.Any, reason: str) -> None:
         """Keeps what it takes to run a step again that failed: its parameters and its batch."""
-        config = json.loads((self.path / "config.json").read_text())
-        self._failed.save(step, tree, {"reason": reason, "config": config})
+        self._failed.save(step, tree, {"reason": reason, "config": read_config(self.path)})
 
     def load_failed(self) -> tuple[int, typing.Any, str]:
         """The step that failed, its parameters and batch as host arrays, and what was not finite.
@@ -145,7 +144,8 @@ class Workdir:
         if not self._first:
             return
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path), purge_step=step)  # a resumed run writes again what came after
+            # A resumed run writes again what came after. We flush, here: an error in its own thread would be lost.
+            self._writer = SummaryWriter(str(self.path), purge_step=step, flush_secs=10**6)
         values = {name: float(value) for name, value in values.items()}
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -178,7 +178,10 @@ def holds_parameters(path: str | os.PathLike) -> bool:
 
 
 def read_config(path: str | os.PathLike) -> dict:
-    """The configuration of the run in a workdir. Raises UsageError if there is none, or one of the older format."""
+    """The configuration of the run in a workdir.
+
+    Raises UsageError if there is none, or one that is damaged or of the older format.
+    """
     if huggingface.holds_model(path):
         return huggingface.read_recipe(path)
     file = pathlib.Path(path) / "config.json"
@@ -192,6 +195,8 @@ def read_config(path: str | os.PathLike) -> dict:
         raise UsageError(f"{file} cannot be read ({error}): restore it, or choose another --workdir") from error
     if isinstance(config.get("model"), dict) and "temperature" in config["model"]:  # the mark of the older format
         raise UsageError(f"{path} holds a run of an older format: convert it with `python -m harness.migrate {path}`")
+    match(config, str(file), f"restore it, or convert an older one with `python -m harness.migrate {path}`")
+    del config["checksum"]
     return config
 
 

@@ -24,6 +24,7 @@ from harness import loop
 from harness.build import Parts, build
 from harness.cli import UsageError
 from harness.reference import Reference
+from harness.results import signed
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, load_best, read_config
 from objective import GrpoConfig
@@ -328,7 +329,7 @@ def test_lanes_draw_the_ids_of_a_single_sampler():
 def test_policy_and_evaluation_do_not_depend_on_how_the_supervised_run_sampled(tmp_path):
     stored = read_config(PRETRAINED)
     stored["sampler"] |= dict(temperature=0.7, top_k=5, top_p=0.9)
-    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "config.json").write_text(json.dumps(signed(stored)))
     sampler = grpo.combine(tmp_path, recipe.get_config("smoke")).sampler
     assert (sampler.temperature, sampler.top_k, sampler.top_p) == (0, 0, 1)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -138,3 +139,25 @@ def test_signals_save_and_say_how_to_go_on_and_a_second_run_is_refused(stage, st
     finished(arguments, environment)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if word in line]
     assert steps == [*range(1, 101)]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, environment):
+    """On a file system of eight megabytes, which root alone can make."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        arguments = [*SFT, f"--workdir={tmp_path / 'run'}", "--config.optimizer.steps=40"]
+        process = started(arguments, environment)
+        waits_for(process, "step 3/")
+        with (tmp_path / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(512))
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 2 and err.count("\n") == 1 and "run the same command again" in err, err
+        (tmp_path / "filler").unlink()
+        finished(arguments, environment)
+        steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+        assert steps == [*range(1, 41)]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)

@@ -84,8 +84,7 @@ def test_the_command_shows_progress_in_plain_lines_off_a_terminal(smoke_run):
 
 
 def test_the_command_leaves_a_complete_workdir(smoke_run):
-    config = json.loads((smoke_run.path / "config.json").read_text())
-    assert config == json.loads(apr.get_config("smoke").to_json())
+    assert read_config(smoke_run.path) == json.loads(apr.get_config("smoke").to_json())
     assert list(smoke_run.path.glob("events.out.tfevents.*"))
     assert {path.name for path in (smoke_run.path / "checkpoints").iterdir()} == {"10", "20"}
     assert {path.name for path in (smoke_run.path / "best").iterdir()} == {"10", "20"}
