@@ -127,6 +127,7 @@ MUTANTS = [
     Mutant("no lock", "harness/files.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)", FILES),
     Mutant("the log keeps what comes after", "harness/workdir.py", 'if line["step"] <= step]', "]", WORKDIR),
     Mutant("one state alone", "harness/checkpoints.py", "KEEP = 2", "KEEP = 1", WORKDIR),
+    Mutant("any config.json will do", "harness/workdir.py", "match(config, str(file)", "str((config, str(file))", WORKDIR),
     Mutant("a run begins again over its best", "harness/workdir.py", "if not steps and self._best.steps():", "if False:", WORKDIR),
     Mutant("any change after a failure", "harness/workdir.py", r'if not all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) or', "if", WORKDIR),
 ]
