@@ -144,6 +144,8 @@ def main(_: list[str]) -> None:
     args = flags.FLAGS
     check_flags(args)
     if args.sweep:
+        if not {"name", "entries"} <= {*args.sweep}:
+            raise UsageError("--sweep takes a file like configs/sweep.py, with a name and entries")
         plan = sweep.points(args.sweep.entries, config_flags.get_override_values(args["config"]))
         return sweep.run(plan, pathlib.Path(args.output or f"runs/{args.sweep.name}"))
     source = pathlib.Path(args.workdir or PRETRAINED)

@@ -37,7 +37,7 @@ from ml_collections import ConfigDict, config_flags
 
 import records
 from harness import loop
-from harness.build import Parts, build
+from harness.build import Parts, build, field_errors
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import fingerprint, report
 from harness.plan import plan
@@ -298,8 +298,9 @@ def combine(start: pathlib.Path, recipe: ConfigDict) -> ConfigDict:
 
 def prepare(start: pathlib.Path, recipe: ConfigDict) -> Parts:
     """The objects of an RL run. Raises ValueError on values that cannot work."""
-    parts = build(combine(start, recipe))
-    GrpoConfig(**parts.config.grpo)
+    with field_errors():
+        parts = build(combine(start, recipe))
+        GrpoConfig(**parts.config.grpo)
     return parts
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 import typing
 from collections.abc import Iterable, Sequence
 
@@ -36,17 +35,14 @@ class Log(typing.NamedTuple):
 
 
 def read_entries(path: AnyPath) -> list[Entry]:
-    """The checked entries of an eval.json; none of an empty one, whose evaluation is under way."""
+    """The checked entries of an eval.json."""
     with usage_errors():
-        text = path.read_text(encoding="utf-8")
-    if not text:
-        print(f"note: {path} is empty (its evaluation is under way) and left out", file=sys.stderr)
-        return []
+        data = path.read_bytes()
     try:
-        values = json.loads(text)
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, list):
+    if not isinstance(values, list) or not values:
         raise UsageError(f"{path} must hold a list of evaluations")
     entries = [results.read(value, str(path)) for value in values]
     for entry in entries:
@@ -83,8 +79,6 @@ def read_results(folders: Sequence[str]) -> list[Entry]:
     if len(first) > 1:
         files = " and ".join(map(str, first.values()))
         raise UsageError(f"{files} hold results on different problems: choose one of them with --results")
-    if folders and not found:
-        raise UsageError(f"no evaluation below {', '.join(folders)} has ended yet")
     return sorted(found.values(), key=lambda e: (*rank(e.label), e.training_seed, e.temperature, order(e)))
 
 
@@ -98,6 +92,8 @@ def read_logs(folders: Sequence[str]) -> list[Log]:
     logs: list[Log] = []
     for folder in folders:
         log = results.opened(pathlib.Path(folder)) / "metrics.jsonl"
+        if not log.exists():
+            raise UsageError(f"{folder} holds no metrics.jsonl: name the workdir of a run, or a shipped one")
         with usage_errors():
             if isinstance(log, pathlib.Path):
                 files.check_text(log)

@@ -46,18 +46,21 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != {"label", "workdir", "grid"}:
             raise UsageError(f"entry {number} of the sweep must be a dict of label, workdir and grid, not {entry!r}")
+        grid = entry["grid"]
+        if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) for values in grid.values()):
+            raise UsageError(f"the grid of {entry['label']} must be a dict of lists of values, not {grid!r}")
         if not holds_parameters(entry["workdir"]):
             print(f"left out: {entry['label']}: {entry['workdir']} holds no trained run", file=sys.stderr)
             continue
         stored = read_config(entry["workdir"])
-        for values in itertools.product(*entry["grid"].values()):
+        for values in itertools.product(*grid.values()):
             config = ConfigDict(stored)
             try:
-                config.update_from_flattened_dict({**changes, **dict(zip(entry["grid"], values, strict=True))})
+                config.update_from_flattened_dict({**changes, **dict(zip(grid, values, strict=True))})
                 build(config)  # raises where the values cannot work
                 found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), config))
             except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"sweep, {entry['label']} with {[*entry['grid']]} = {values}: {error}") from error
+                raise UsageError(f"sweep, {entry['label']} with {[*grid]} = {values}: {error}") from error
     if not found:
         raise UsageError("the sweep has no entry whose run is there: train one, or name its workdir")
     return sorted(found, key=lambda point: point.workdir)

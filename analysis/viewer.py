@@ -104,9 +104,9 @@ class Trace:
 def read_trace(path: str) -> Trace:
     """Reads a trace file (`records.stored`). Raises UsageError if it is none."""
     with usage_errors():
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        data = pathlib.Path(path).read_bytes()
         try:
-            fields = _fields(json.loads(text), "it", task=str, facts=dict, rollout=dict)
+            fields = _fields(json.loads(data), "it", task=str, facts=dict, rollout=dict)
             domain = tasks.part(fields["task"], "domain")
             facts = _fields(fields["facts"], "facts", method=str)
             language = domain.read_language(facts)

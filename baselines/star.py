@@ -27,6 +27,7 @@ import json
 import os
 import pathlib
 import typing
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -37,7 +38,7 @@ from ml_collections import ConfigDict
 import sft
 from analysis.viewer import rollout_from_json
 from harness import files
-from harness.build import Parts, build
+from harness.build import Parts, build, field_errors
 from harness.cli import Progress, UsageError, usage_errors
 from harness.evaluation import report
 from harness.processes import launch
@@ -104,9 +105,10 @@ def read(path: pathlib.Path, domain: Domain) -> list[Rollout]:
     """The inverse of `write`. Raises UsageError if the file is damaged."""
     size = domain.language.vocab_size
     try:
-        lines = gzip.decompress(path.read_bytes()).splitlines()
+        if not (lines := gzip.decompress(path.read_bytes()).splitlines()):
+            raise ValueError("it is empty")
         return [rollout_from_json(json.loads(line), size, domain.from_json) for line in lines]
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read ({error}): remove its round, and the command samples again") from error
 
 
@@ -145,8 +147,8 @@ def main(_: list[str]) -> None:
     """Runs or resumes the rounds, and prints the report of the last one."""
     args = flags.FLAGS
     named = args.start or os.path.relpath(PRETRAINED)
-    config = recipe(named, args)
-    with usage_errors():
+    with usage_errors(), field_errors():
+        config = recipe(named, args)
         parts = build(config)
     start, result = load_best(named, parts.param_shapes())
     root = pathlib.Path(args.workdir or f"runs/{config.name}")

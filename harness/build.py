@@ -6,9 +6,10 @@ what fields must hold together is checked here. Every message names the field, i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import jax
@@ -106,8 +107,15 @@ class Parts:
 
 def build(config: ConfigDict) -> Parts:
     """The objects of a configuration. Raises ValueError, naming the field, on values that cannot work."""
-    try:
+    with field_errors():
         return _build(config)
+
+
+@contextlib.contextmanager
+def field_errors() -> Iterator[None]:
+    """Turns what a wrong field of a configuration raises in the block into a ValueError."""
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, OverflowError) as error:
         wrong = "a field of the configuration is missing, unknown or of another kind"
         raise ValueError(f"{wrong}: {one_line(error)}") from error

@@ -119,7 +119,8 @@ def _one_sentence() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is handled, and not when Python ends
+            if sys.stdout:  # here, where a closed pipe is handled, and not when Python ends
+                sys.stdout.flush()
     except UsageError as error:
         _fail(str(error))
     except BrokenPipeError:  # as of `| head`; nothing is left to print to, not even when Python ends
@@ -147,7 +148,9 @@ def _config_errors() -> Iterator[None]:
         raise UsageError(text) from error
     except OSError as error:  # the recipe does not exist
         raise UsageError(one_line(error)) from error
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # of a recipe, which is code
         field = re.search(r"'(\w+)\\?'", str(error))
         named = [arg for arg in sys.argv if field and arg.startswith("--config.") and f".{field[1]}" in arg]
         if not named:
@@ -169,7 +172,7 @@ class Progress:
     """A progress bar on a terminal, plain lines otherwise."""
 
     def __init__(self, total: int, start: int, unit: str) -> None:
-        self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, disable=not (sys.stderr and sys.stderr.isatty()))
         self._total, self._start, self._unit = total, start, unit
         self._began = time.monotonic()
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import typing
 
 import safetensors
@@ -34,9 +35,14 @@ def replace(path: pathlib.Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def is_scrap(path: pathlib.Path) -> bool:
-    """Whether a path is the lock, or what a kill left of a file that was to be replaced."""
-    return path.name == LOCK or path.name.endswith(PART)
+def is_part(path: pathlib.Path) -> bool:
+    """Whether a path is what a kill left of a file that was to be replaced."""
+    return bool(re.search(rf"\.\d+\{PART}$", path.name))
+
+
+def is_ours(path: pathlib.Path) -> bool:
+    """Whether a path is no user's: the lock, or part of a file."""
+    return path.name == LOCK or is_part(path)
 
 
 def sync(folder: pathlib.Path) -> None:

@@ -118,7 +118,7 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
         return f"status {process.returncode}: {lines[-1][:200]}"
     try:
         result = dict(json.loads(lines[-1]))
-    except ValueError:
+    except (TypeError, ValueError):
         return f"its last line is no JSON object: {lines[-1][:200]}"
     stored = results.signed({"flags": list(run.flags), "result": result})
     files.replace(output / f"{run.name}.json", (json.dumps(stored) + "\n").encode())

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Sequence
 
 from harness import files, results
-from harness.cli import UsageError
+from harness.cli import UsageError, in_order, one_line
 
 Json = dict[str, typing.Any]
 
@@ -106,7 +106,7 @@ def migrate(path: pathlib.Path) -> list[str]:
     found = {name: file.read_text() for name, file in texts.items() if file.exists()}
     new = {name: _converted(name, text) for name, text in found.items()}
     done = []
-    if new.get("config.json") != found.get("config.json"):
+    if "temperature" in json.loads(found.get("config.json", "{}")).get("model", {}):
         for folder in sorted((*path.glob("checkpoints/*"), *path.glob("best/*"))):
             if folder.name.isdecimal() and not (folder / files.CHECKSUMS).exists():
                 files.sign(folder)
@@ -121,7 +121,7 @@ def migrate(path: pathlib.Path) -> list[str]:
 def _converted(name: str, text: str) -> str:
     """The text of a file in the new format; as it is if it is new already."""
     if name == "metrics.jsonl":
-        lines = [json.dumps(log(json.loads(line))) for line in text.splitlines() if line.endswith("}")]
+        lines = [json.dumps(log(json.loads(line))) for line in text.split("\n")[:-1]]  # a kill may have cut the last
         return text if lines == text.splitlines() else "".join(line + "\n" for line in lines)
     value: typing.Any = json.loads(text) if text else []
     if name == "config.json" and text and "checksum" not in dict(value):
@@ -145,12 +145,13 @@ def main(arguments: Sequence[str]) -> int:
     for argument in arguments:
         try:
             done = migrate(pathlib.Path(argument))
-        except (OSError, ValueError, KeyError, UsageError) as error:
-            print(f"error: {argument}: {error}", file=sys.stderr)
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, UsageError) as error:
+            print(f"error: {argument}: {one_line(error)}", file=sys.stderr)
             return 2
         print(f"{argument}: {'converted ' + ', '.join(done) if done else 'nothing to convert'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with in_order():
+        sys.exit(main(sys.argv[1:]))

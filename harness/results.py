@@ -117,9 +117,11 @@ def match(value: dict[str, typing.Any], where: str, remedy: str = AGAIN) -> None
 
 
 def match_all(data: bytes, where: str) -> None:
-    """Raises UsageError unless all evaluations of an eval.json match their checksums."""
+    """Raises UsageError unless all evaluations of an eval.json, at least one, match their checksums."""
     try:
-        for value in json.loads(data):
+        if not (values := json.loads(data)):
+            raise ValueError("it holds no evaluation")
+        for value in values:
             match(value, where)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where} is damaged ({error}): {AGAIN}") from error
@@ -208,6 +210,7 @@ def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
     Returns the names written. The same runs give the same bytes. Raises UsageError if the file is damaged or another
     process adds to it, or if the run has no evaluation, or one that does not match its checksum.
     """
+    run = run.resolve()  # "." has no name
     new = {f"{run.name}/{name}": (run / name).read_bytes() for name in KEPT if (run / name).exists()}
     if f"{run.name}/eval.json" not in new:
         raise UsageError(f"{run} has no eval.json: evaluate it first")

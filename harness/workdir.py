@@ -65,14 +65,14 @@ class Workdir:
                         f"{path} holds a run with another configuration ({', '.join(changed)}): "
                         "choose another --workdir, or remove that one"
                     )
-            elif self.path.exists() and any(not files.is_scrap(path) for path in self.path.iterdir()):
+            elif self.path.exists() and not all(map(files.is_ours, self.path.iterdir())):
                 raise UsageError(f"{path} is not empty and holds no run: choose another --workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise UsageError(f"{path} cannot be written: choose another --workdir")
             if self._first:
                 files.lock(self.path)
-                for part in self.path.glob(f"*{files.PART}"):  # by a kill
+                for part in filter(files.is_part, self.path.iterdir()):  # by a kill
                     part.unlink()
             multihost_utils.sync_global_devices("everyone has looked")
             write_json(self.path / "config.json", signed(wanted))
@@ -81,12 +81,9 @@ class Workdir:
         self._writer: SummaryWriter | None = None
 
     def _mends(self, changed: list[str]) -> bool:
-        """Whether the changes are of the optimizer alone, and this very configuration came to a step that failed."""
-        failed = self._failed
-        if not all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) or not failed.steps():
-            return False
-        step = failed.steps()[-1]
-        return not failed.damage(step) and failed.values(step)["config"] == read_config(self.path)
+        """Whether the changes are of the optimizer alone, and the run has not got past a step that failed."""
+        steps, saved = self._failed.steps(), self._latest.steps()
+        return all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) and steps[-1:] > saved[-1:]
 
     def save(self, step: int, state: typing.Any, extra: dict) -> None:
         """Saves the full state after `step` updates, with JSON data (the data cursor); the last two are kept."""
@@ -102,12 +99,13 @@ class Workdir:
         steps = self._latest.steps()
         if not steps and self._best.steps():
             raise UsageError(f"{self.path} holds a run without its checkpoints: choose another --workdir")
-        damaged: list[int] = []
+        damaged: dict[int, str] = {}
         while steps and (wrong := self._latest.damage(steps[-1])):
             if len(steps) == 1:
                 raise UsageError(wrong)
-            print(f"note: {wrong}; going on from the checkpoint before it, {steps[-2]}", file=sys.stderr, flush=True)
-            damaged.append(steps.pop())
+            damaged[steps.pop()] = wrong
+        for wrong in damaged.values():
+            print(f"note: {wrong}; going on from the checkpoint before it, {steps[-1]}", file=sys.stderr, flush=True)
         multihost_utils.sync_global_devices("everyone has looked at the checkpoints")
         step = steps[-1] if steps else -1
         if self._first:

@@ -552,12 +552,12 @@ from ml_collections import ConfigDict
 
 def get_config():
     small = {{"mesh.data": (1,), "sampler.rows": (4,), "sampler.length_bucket": (512,), "evaluation.problems": (3,)}}
-    entries = tuple({{"label": "APR", "workdir": {workdir!r}, "grid": {{**small, **grid}}}} for grid in {grids})
+    entries = tuple({{"label": "APR", "workdir": {workdir!r}, "grid": {{**small, **grid}} if type(grid) is dict else grid}} for grid in {grids})
     return ConfigDict({{"name": "sweep", "entries": entries}})
 """
 
 
-def sweep_file(path: pathlib.Path, workdir: object, *grids: dict) -> str:
+def sweep_file(path: pathlib.Path, workdir: object, *grids: object) -> str:
     path.mkdir(exist_ok=True)
     (path / "plan.py").write_text(SWEEP.format(workdir=str(workdir), grids=list(grids)))
     return f"--sweep={path / 'plan.py'}"
@@ -634,6 +634,8 @@ def test_more_problems_than_there_are_held_out_are_refused(smoke_run, command: C
         ({"sampler.temperature": ("warm",)}, "temperature"),
         ({"sampler.temperature": (-1.0,)}, "temperature"),
         ({"evaluation.samples": (2,)}, "evaluation.samples=2"),
+        (5, "must be a dict of lists of values, not 5"),
+        ({"seed": 5}, "must be a dict of lists of values, not {'mesh.data'"),
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, tmp_path, monkeypatch, grid, words):
@@ -643,6 +645,11 @@ def test_a_bad_sweep_is_refused_before_anything_is_measured(smoke_run, command, 
     assert ended.status == 2, ended
     assert ended.err.startswith("error: ") and words in ended.err and ended.err.count("\n") == 1, ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_no_sweep(command: Callable):
+    ended = command(evaluate, f"--sweep={ROOT}/configs/apr.py")
+    assert (ended.status, ended.err) == (2, "error: --sweep takes a file like configs/sweep.py, with a name and entries\n")
 
 
 def test_a_sweep_leaves_out_runs_that_are_not_there_and_says_so(command: Callable, tmp_path):

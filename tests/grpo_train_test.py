@@ -334,6 +334,13 @@ def test_policy_and_evaluation_do_not_depend_on_how_the_supervised_run_sampled(t
     assert (sampler.temperature, sampler.top_k, sampler.top_p) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("stored", [{}, {"name": 5}, {"name": "a", "optimizer": 5}, {"name": "a", "train": [1]}])
+def test_a_start_whose_configuration_lacks_fields_is_named(tmp_path, stored):
+    (tmp_path / "config.json").write_text(json.dumps(signed(stored)))
+    with pytest.raises(ValueError, match="a field of the configuration is missing, unknown or of another kind"):
+        grpo.prepare(tmp_path, recipe.get_config("smoke"))
+
+
 def test_presets_do_not_share_a_start_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipes = {preset: recipe.get_config(preset) for preset in ("smoke", "laptop", "desktop", "gpu")}

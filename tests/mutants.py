@@ -129,7 +129,8 @@ MUTANTS = [
     Mutant("one state alone", "harness/checkpoints.py", "KEEP = 2", "KEEP = 1", WORKDIR),
     Mutant("any config.json will do", "harness/workdir.py", "match(config, str(file)", "str((config, str(file))", WORKDIR),
     Mutant("a run begins again over its best", "harness/workdir.py", "if not steps and self._best.steps():", "if False:", WORKDIR),
-    Mutant("any change after a failure", "harness/workdir.py", r'if not all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) or', "if", WORKDIR),
+    Mutant("any change after a failure", "harness/workdir.py", r'return all(re.match(r"optimizer\.(?!matrices)", name) for name in changed) and', "return", WORKDIR),
+    Mutant("a change long after a failure", "harness/workdir.py", "and steps[-1:] > saved[-1:]", "and bool(steps)", WORKDIR),
 ]
 
 

@@ -421,3 +421,10 @@ def test_a_start_that_is_no_run_is_refused_before_anything_is_written(tmp_path, 
     ended = command(sft, *arguments, f"--workdir={tmp_path / 'new'}")
     assert ended.status == 2 and "holds no checkpoint" in ended.err, ended
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "import nothing_like_this", "def (", "unknown", ""])
+def test_a_recipe_that_is_broken_is_one_sentence(command, tmp_path, text):
+    (tmp_path / "recipe.py").write_text(text + "\n")
+    ended = command(sft, f"--config={tmp_path / 'recipe.py'}")
+    assert ended.status == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended

@@ -167,14 +167,18 @@ def test_checkpoints_of_one_label_are_never_mixed(tmp_path):
         choose.read_results([str(tmp_path)])
 
 
-def test_an_evaluation_under_way_is_left_out_aloud(tmp_path, capsys):
+@pytest.mark.parametrize("data", [b"", b"[]", b"[1", b'["\xb8"]', b"5"])
+def test_a_file_without_evaluations_is_named(tmp_path, data):
     write(tmp_path / "a", entry())
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "eval.json").touch()
-    assert len(choose.read_results([str(tmp_path)])) == 1
-    assert "b/eval.json is empty" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="no evaluation below .*b has ended yet"):
-        choose.read_results([str(tmp_path / "b")])
+    (tmp_path / "b" / "eval.json").write_bytes(data)
+    with pytest.raises(UsageError, match="b/eval.json"):
+        choose.read_results([str(tmp_path)])
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match="typo holds no metrics.jsonl: name the workdir"):
+        choose.read_logs([str(tmp_path / "typo")])
 
 
 @pytest.mark.parametrize("changed", [{"problem_set": "other"}, {"family": LAPTOP | {"high": 21}}])

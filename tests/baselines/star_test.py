@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import types
@@ -74,9 +75,11 @@ def test_the_file_gives_back_what_was_written(tmp_path):
     assert star.read(tmp_path / "once", domain) == rollouts
     data = (tmp_path / "once").read_bytes()
     assert data == (tmp_path / "twice").read_bytes()
-    (tmp_path / "once").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UsageError, match="cannot be read .*: remove its round"):
-        star.read(tmp_path / "once", domain)
+    flipped = [data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :] for place in range(len(data) // 2, len(data), 97)]
+    for damaged in (b"", data[: len(data) // 2], gzip.compress(b""), gzip.compress(b"5\n"), *flipped):
+        (tmp_path / "once").write_bytes(damaged)
+        with pytest.raises(UsageError, match="cannot be read .*: remove its round"):
+            star.read(tmp_path / "once", domain)
 
 
 def test_a_round_without_a_right_rollout_is_named_and_leaves_no_file(tmp_path, monkeypatch):

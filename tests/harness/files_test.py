@@ -21,7 +21,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             files.replace(file, b"new")
-    assert file.read_bytes() == b"old" and all(map(files.is_scrap, {*tmp_path.iterdir()} - {file}))
+    assert file.read_bytes() == b"old" and all(map(files.is_part, {*tmp_path.iterdir()} - {file}))
     files.replace(file, b"new")
     assert file.read_bytes() == b"new" and [*tmp_path.iterdir()] == [file]
 

@@ -91,6 +91,29 @@ def test_a_run_is_converted_once(run, capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'),
+        *((name, text) for name in ("config.json", "eval.json") for text in ("5", "[1]", '{"model": 5}', "[" * 9999, "{")),
+    ],
+)
+def test_what_is_damaged_is_refused_and_left_as_it_is(run, capsys, name, text):
+    (run / name).write_text(text)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    assert migrate.main([str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {run}: ") and err.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.name != ".lock"} == before
+
+
+def test_a_last_line_that_a_kill_cut_goes(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert "metrics.jsonl" in migrate.migrate(run)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, capsys):
     assert migrate.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: ")

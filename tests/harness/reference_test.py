@@ -25,6 +25,13 @@ def test_a_stretch_that_does_not_rise_makes_the_policy_the_reference(tmp_path):
     np.testing.assert_array_equal(reference.params["w"], 6)
 
 
+def test_a_policy_that_is_not_finite_is_never_kept(tmp_path):
+    reference = Reference(params(0), tmp_path / "reference")
+    reference.note(1, 0.5, params(1), True)
+    reference.note(2, 0.5, params(float("nan")), True)
+    assert reference.step == 0 and not (tmp_path / "reference").exists()
+
+
 def test_a_resumed_run_has_the_same_reference_and_comes_to_the_same_next_one(tmp_path):
     rewards, cursors = [0.3, 0.2, 0.5, 0.1, 0.1], []
     whole = Reference(params(0), tmp_path / "reference")

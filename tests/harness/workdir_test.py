@@ -91,6 +91,13 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
     assert contents(tmp_path) == {"thesis.tex": b"do not lose me"}
 
 
+def test_a_folder_of_someones_unfinished_downloads_is_refused(tmp_path):
+    (tmp_path / "debian.iso.part").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        Workdir(tmp_path, config())
+    assert contents(tmp_path) == {"debian.iso.part": b"mine"}
+
+
 def test_an_empty_directory_is_taken(tmp_path):
     Workdir(tmp_path, config())
     assert (tmp_path / "config.json").exists()
@@ -326,7 +333,7 @@ def test_what_a_kill_left_of_a_replaced_file_goes(tmp_path):
 # ------------------------------------------------------------------- a failed step
 
 
-def test_after_a_failed_step_the_optimizer_alone_may_change_and_once(tmp_path):
+def test_after_a_failed_step_the_optimizer_alone_may_change_until_the_run_is_past_it(tmp_path):
     old, new = (config(optimizer={"learning_rate": rate, "matrices": "muon"}) for rate in (1e6, 1e-3))
     with pytest.raises(UsageError, match="no step has failed"):
         Workdir(tmp_path, old).load_failed()
@@ -340,6 +347,8 @@ def test_after_a_failed_step_the_optimizer_alone_may_change_and_once(tmp_path):
     assert (step, reason, kept["batch"]["tokens"].tolist()) == (3, "loss", [0, 1, 2])
     jax.tree.map(np.testing.assert_array_equal, kept["params"], tree(1))
     assert workdir.read_config(tmp_path)["optimizer"]["learning_rate"] == 1e-3
+    Workdir(tmp_path, old).save(2, tree(1), {})  # a rate that was wrong may be changed again
+    Workdir(tmp_path, new).save(3, tree(1), {})
     with pytest.raises(UsageError, match="another configuration"):
         Workdir(tmp_path, old)
 
