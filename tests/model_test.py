@@ -116,6 +116,31 @@ def test_bfloat16_is_near_float32():
     assert float(flat @ exact_flat / jnp.linalg.norm(flat) / jnp.linalg.norm(exact_flat)) > 0.995
 
 
+@pytest.mark.parametrize("attend", ["rows", "parts"])
+def test_scores_of_bfloat16_are_summed_in_float32(attend):
+    """256 and 257, which bfloat16 takes for one number: the weight of the second is e / (1 + e)."""
+    q, k, v = (jnp.array(value, jnp.bfloat16) for value in ([[0, 0], [16, 1]], [[16, 0], [16, 1]], [[0, 0], [1, 1]]))
+    until = jnp.full((1, 2), 2)
+    if attend == "rows":
+        o = model.attend_rows(q[None, None, None], k[None, None], v[None, None], until)[0, 0, 0]
+    else:
+        one = [x[None, :, None] for x in (q, k, v)]
+        o = model.attend_parts(one[0], [(one[1], one[2], model.visibility(until))])[0, :, 0]
+    np.testing.assert_allclose(o[1].astype(jnp.float32), np.e / (1 + np.e), atol=0.003)
+
+
+def test_norms_of_bfloat16_are_computed_in_float32():
+    """Step by step, as compiled together XLA may keep more bits: the nearest bfloat16 nearly everywhere."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 96)), jnp.bfloat16)
+    norm = model.RMSNorm()
+    with jax.disable_jit():
+        found = norm.apply(norm.init(jax.random.key(0), x), x)
+    exact = np.asarray(x, np.float64)
+    exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    assert found.dtype == jnp.bfloat16
+    assert np.mean(np.asarray(found) == np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))) > 0.99
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_cast_beforehand_change_nothing(tied):
     """The sampler casts its copy once, the trainer in every step."""

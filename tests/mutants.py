@@ -25,7 +25,7 @@ import time
 import typing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MINUTES = 30  # a mutant that makes the tests run for ever is caught
+MINUTES = 10  # a mutant that makes the tests run for ever is caught
 SKIPPED = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv", ".hypothesis")
 
 
@@ -67,6 +67,7 @@ MUTANTS = [
     Mutant("nothing stops", "harness/loop.py", "if bad := [", "if False and [", LOOP),
     Mutant("evicts at half", "parallel_runtime.py", "busy_enough = len(self.active) >= EVICT", "busy_enough = len(self.active) > EVICT", RUNTIME),
     Mutant("scores in bfloat16", "model.py", 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH, preferred_element_type=jnp.float32)', 's = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH)', MODEL),
+    Mutant("scores of blocks in bfloat16", "model.py", 's_GQS = jnp.einsum("GQH,SH->GQS", q_GQH, k_SH, preferred_element_type=jnp.float32)', 's_GQS = jnp.einsum("GQH,SH->GQS", q_GQH, k_SH)', MODEL),
     Mutant("norms in bfloat16", "model.py", "x = x_RTD.astype(jnp.float32)", "x = x_RTD", MODEL),
     Mutant("logits in bfloat16", "model.py", "w_DV.astype(c.dtype), preferred_element_type=jnp.float32)", "w_DV.astype(c.dtype))", MODEL),
     Mutant("rewritten in place", "harness/files.py", 'part = path.with_name(f"{path.name}.{os.getpid()}{PART}")', "part = path", FILES),

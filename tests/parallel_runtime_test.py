@@ -551,6 +551,14 @@ def test_the_parent_that_began_to_wait_last_gives_up_its_row() -> None:
     assert joins == {"[1": len("p:"), "q:": 0}  # p is extended in its row, q is prefilled again
 
 
+def test_while_half_of_the_rows_are_busy_no_parent_gives_up_its_row() -> None:
+    told = {"p:": "<a>", "a:": "1" * 20 + ".", "q:": "1" * 25 + ".", "r:": "xxx<b>", "b:": "2.", "r:xxx[2]": "."}
+    told["p:[" + "1" * 20 + "]"] = "."
+    engine, runtime, requests = start(told, "p:", "q:", "r:", rows=4)  # p and r wait in two, a and q decode in two
+    check(runtime.run(requests, SEED), requests, engine, runtime)
+    assert runtime.evictions == 0
+
+
 def test_a_new_problem_never_evicts() -> None:
     told = {"p:": "<a>", "a:": "11111.", "q:": "xx.", "r:": ".", "p:[11111]": "."}
     engine, runtime, requests = start(told, "p:", "q:", "r:", rows=2)  # p and q stop together; a takes q's row
