@@ -49,6 +49,7 @@ PACKING = "tests/packing_test.py"
 LOSS = "tests/grpo_test.py"
 STATS = "tests/harness/stats_test.py"
 SOLVER = "tests/solver_test.py"
+TASK = "tests/countdown/task_test.py"
 WORKDIR = "tests/harness/workdir_test.py"
 FILES = "tests/harness/files_test.py"
 SFT = "tests/sft_test.py"
@@ -72,7 +73,7 @@ MUTANTS = [
     Mutant("logits in bfloat16", "model.py", "w_DV.astype(c.dtype), preferred_element_type=jnp.float32)", "w_DV.astype(c.dtype))", MODEL),
     Mutant("rewritten in place", "harness/files.py", 'part = path.with_name(f"{path.name}.{os.getpid()}{PART}")', "part = path", FILES),
     # Not measured before.
-    Mutant("a rewind keeps the cache", "sampler.py", "cached = min(self._rows[fill.row].cached, fill.keep)", "cached = self._rows[fill.row].cached", SAMPLER),
+    Mutant("a rewind keeps an id too many", "sampler.py", "cached = min(self._rows[fill.row].cached, fill.keep)", "cached = min(self._rows[fill.row].cached, fill.keep + 1)", SAMPLER),
     Mutant("one id too many", "sampler.py", "min(fill.max_new_tokens, self.context - len(ids))", "fill.max_new_tokens", SAMPLER),
     Mutant("the tail of the step before", "decoding.py", "jnp.arange(config.steps_per_call) < burst.step", "jnp.arange(config.steps_per_call) < burst.step - 1", SAMPLER),
     Mutant("positions stand", "decoding.py", "positions_B1 = length_B[:, None] + burst.step", "positions_B1 = length_B[:, None] + 0 * burst.step", SAMPLER),
@@ -118,8 +119,8 @@ MUTANTS = [
     Mutant("numbers used twice", "countdown/grader.py", "available.remove(operand)", "available.count(operand)", SOLVER),
     Mutant("unused numbers", "countdown/grader.py", "if len(available) > 1:", "if len(available) > 2:", SOLVER),
     Mutant("any end will do", "countdown/grader.py", "if available[0] != problem.target:", "if False:", SOLVER),
-    Mutant("a child twice", "countdown/task.py", "if node in nodes[:i]:", "if False:", SOLVER),
-    Mutant("another's path", "countdown/task.py", "or not parts[1].startswith(first_line):", "or False:", SOLVER),
+    Mutant("a child twice", "countdown/task.py", "if node in nodes[:i]:", "if False:", TASK),
+    Mutant("another's path", "countdown/task.py", "or not parts[1].startswith(first_line):", "or False:", TASK),
     Mutant("a narrower interval", "harness/stats.py", "spread / (4 * n))", "spread / (8 * n))", STATS),
     Mutant("pass with replacement", "harness/stats.py", "math.comb(samples - correct, k) / math.comb(samples, k)", "(1 - correct / samples) ** k", STATS),
     Mutant("votes without an answer", "harness/stats.py", "for vote in votes if vote.grade.answer)", "for vote in votes)", STATS),
