@@ -14,7 +14,7 @@ One step:
   5. take the inner updates: the same `train_step` as SFT, with `grpo_loss`. The first one tells how far the
      trainer's log-probs are from the sampler's (`sampler_trainer_gap`).
 
-`objective.py` has the formulas. The paper's objective is the `paper` preset.
+`objective.py` has the formulas. The presets smoke, gpu and paper have the paper's objective.
 
 Deviations from the paper: injected ids (prompts, join blocks) carry no gradient; a parent with joins is encoded
 once (`packing.py`), not once per call.
@@ -52,7 +52,7 @@ from protocols import Request
 from records import Rollout
 from train_state import TrainState, make_score, make_train_step, state_from_params
 
-REFILL_ROUNDS = 4  # draws of fresh problems before a step goes on with the groups it has
+REFILL_ROUNDS = 4  # draws of problems, the first included, before a step goes on with the groups it has
 
 # ------------------------------------------------------------------- rollouts of a step
 
@@ -92,8 +92,12 @@ def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int
 
 
 def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list[Segment]:
-    """Segments of the threads that are trained on, of at most `length` tokens, with weights and advantages attached."""
+    """Segments of the threads that are trained on, of at most `length` tokens, with weights and advantages attached.
+
+    docs/how_it_works.md, section 5, works the weights by hand.
+    """
     trained = [CREDITS[config.credit](rollout) for group in collected.groups for rollout in group]
+    # sizes[rollout][thread][call]: ids sampled
     sizes = [[[len(call.sampled) for call in t.calls if call.sampled] for t in threads] for threads in trained]
     calls = [sum(map(len, threads)) for threads in sizes]
     tokens = sum(sum(map(sum, threads)) for threads in sizes)
@@ -222,7 +226,7 @@ class Trainer:
         return state, values
 
     def _scored(self, state: TrainState, batch: TokenBatch) -> TokenBatch:
-        """The batch with the log-probs of the reference, and where the config says so of the trainer."""
+        """The batch with the reference's log-probs. With old_logp="trainer" the trainer's replace the sampler's."""
         config, sampler = self.config, batch.old_logp
         if config.old_logp == "trainer":
             batch = batch._replace(old_logp=np.asarray(self.score(state.params, batch)))

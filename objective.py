@@ -99,7 +99,7 @@ CREDITS: dict[str, Callable[[Rollout], list[Thread]]] = {"all": everyone, "paren
 
 
 class Sizes(typing.NamedTuple):
-    """Where the tokens of a call stand. Calls and threads count if they hold sampled ids."""
+    """Sizes that the weight of a call's tokens depends on. Calls and threads count if they hold sampled ids."""
 
     tokens: int  # of the call
     thread: int  # tokens of its thread
@@ -173,7 +173,7 @@ SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig(Checked):
-    """The switches of a step. Raises ValueError on one without such a position or a number that cannot work."""
+    """The switches of a step. Raises ValueError on an unknown choice or a number out of bounds."""
 
     section = "grpo"
     steps: Annotated[int, at_least(1)]
@@ -224,7 +224,10 @@ class GrpoConfig(Checked):
 
 
 def acceleration(costs: dict[str, float], config: GrpoConfig) -> float:
-    """Bonus of a correct rollout for parallelism (ThreadWeaver, arXiv 2512.07843)."""
+    """Bonus of a correct rollout for parallelism (ThreadWeaver, arXiv 2512.07843).
+
+    min(1 - sequential / total tokens, cap).
+    """
     saved = 1 - costs["sequential_tokens"] / max(costs["total_tokens"], 1)
     return config.acceleration * min(saved, config.acceleration_cap)
 
@@ -264,7 +267,7 @@ def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
 
 
 def clip(logp: Array, batch: TokenBatch, config: GrpoConfig) -> tuple[Array, Array]:
-    """The clipped objective of the module header, and whether it is clipped, per token [R, T]."""
+    """Minus the clipped objective of the module header, and whether it is clipped, per token [R, T]."""
     ratio = jnp.exp(jnp.where(batch.sampled, logp - batch.old_logp, 0.0))
     clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
     policy = -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)

@@ -1,9 +1,10 @@
 """Threads -> fixed rows of tokens: the one batch that SFT and GRPO train on.
 
 A thread becomes one *segment*: its prompt, what it sampled, the join block, what it sampled then, and
-so on, spliced in the order of time. A rewind takes ids out of the thread's memory (its spawn block). They
-stay in the row, because they were sampled and are trained on, but nothing after the rewind sees them, and
-positions restart there. One integer per token says all of that:
+so on, spliced in the order of time. One longer than a row becomes a segment per call. A rewind takes ids
+out of the thread's memory (its spawn block). They stay in the row, because they were sampled and are
+trained on, but nothing after the rewind sees them, and positions restart there. One integer per token
+says all of that:
 
     token j is visible to token i of its row  iff  j <= i < until[j]
 
@@ -55,8 +56,8 @@ Field = typing.Any  # an np.ndarray here, a jax.Array inside a jitted step
 class TokenBatch(typing.NamedTuple):
     """Rows of packed segments. Every field is [R, T], or [M, R, T] in M micro-batches, and aligned with `tokens`.
 
-    `weight` is the share of the token in the loss, 0 where the id was not sampled. It is already divided by
-    whatever the loss is averaged over, so no packing, padding, micro-batching or device count changes the loss.
+    `weight` is the share of the token in the loss, 0 where the id was not sampled. The caller divides it by what the
+    loss is averaged over, so no packing, padding, micro-batching or device count changes the loss.
     """
 
     tokens: Field  # int32
@@ -157,7 +158,8 @@ def take_row(waiting: list[Piece], length: int) -> list[Piece]:
     """Takes the pieces of one row of `length` tokens out of `waiting`: the first, and those that best fill the rest.
 
     The first piece has waited longest, so none waits for ever. The others are found by subset sum: bit s of
-    `sums[i]` says that some of the first i pieces add up to s tokens. Of equally good choices the one whose pieces
+    `sums[i]` says that some of the first i pieces add up to s tokens. From the best sum back, piece i is needed where
+    its bit is not in `sums[i]`. Pieces of 3, 4 and 5 fill 8 by 5 and 3. Of equally good choices the one whose pieces
     came earlier is taken. Raises ValueError if the first piece is longer than the row.
     """
     row = [waiting.pop(0)]

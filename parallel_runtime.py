@@ -5,8 +5,8 @@
 One round:
 
   1. Ready threads take rows: a joined parent first, then children, then new problems. A waiting parent
-     keeps its row and its KV cache. But if waiting parents hold more than half of the rows, the one that
-     began to wait last gives its row up, and is prefilled again after its join.
+     keeps its row and its KV cache. But if a joined parent or a child finds no row, and fewer than half of
+     the rows decode, the parent that began to wait last gives its row up. It is prefilled again after its join.
   2. The engine prefills what is new in these rows, and decodes until enough rows have stopped.
   3. A thread that stopped at the spawn token waits, and its children become ready. A child that ended
      gives its result to its parent. After the last child of a spawn the parent is *rewound* to just
@@ -42,7 +42,10 @@ from records import Call, Rollout, Thread, total_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Limits(Checked):
-    """Bounds of a rollout. Reaching one stops the thread with the reason of the same name."""
+    """Bounds of a rollout. A thread that would exceed one stops, with its name as the reason.
+
+    The last two fields are no bounds: they allow budget forcing.
+    """
 
     section = "limits"
     children: Annotated[int, at_least(0)]  # per spawn
@@ -85,7 +88,7 @@ class _Live:
 
 
 def thread_key(seed: Sequence[int], request: Request, path: Sequence[int]) -> tuple[int, int]:
-    """Two 32-bit words that fix the draws of a thread. `seed` is what the run adds (key, update step)."""
+    """Two 32-bit words that fix the draws of a thread. `seed` is what the run adds: of its config, and the step."""
     digest = hashlib.blake2b(repr((tuple(seed), request.problem, request.index, tuple(path))).encode(), digest_size=8)
     word = int.from_bytes(digest.digest(), "little")
     return word & 0xFFFFFFFF, word >> 32
@@ -212,7 +215,7 @@ class Run:
 
     def _stopped(self, live: _Live, stopped: Completion) -> None:
         """Records what a row sampled and decides how its thread goes on."""
-        _, reason = self._room(live)
+        _, reason = self._room(live)  # before the new ids count: the bound that the row decoded up to
         call = live.thread.calls[-1]
         call.sampled, call.logprobs = stopped.ids, stopped.logprobs
         live.cached = len(live.thread.ids())

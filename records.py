@@ -42,7 +42,7 @@ class Call:
     injected: list[int]
     sampled: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)  # one per sampled id; empty in demonstrations
-    stop: str = END
+    stop: str = END  # set when the call stops
 
 
 @dataclasses.dataclass

@@ -8,7 +8,8 @@ every row. Every device call is a pure function of both (`decoding.py`).
            2. Feed the ids that are not cached yet, except the last one, in chunks of a few fixed lengths,
               several rows per call. Nothing else is fed.
   decode   3. Part the active rows into groups of similar length that fit the cache of a CPU. Gather the
-              histories of a group into a *view*, as long as the longest row, in steps of `length_bucket` slots.
+              histories of a group into a *view*, as long as the longest row, rounded up to 1, 2, 3, 4, 6, 8, ...
+              times `length_bucket` slots.
               So compute follows the active rows and their lengths, not the number of rows and the context.
            4. Burst: a `while_loop` feeds each row its last id and samples the next one. New keys and values
               go into a *tail* that all rows write at the same column, which is cheap. Attention reads view

@@ -269,7 +269,7 @@ def _shard(batches: TokenBatch, mesh: Mesh) -> TokenBatch:
 
 
 def _num_nonempty(batches: TokenBatch) -> Array:
-    """Number of micro-batches up to the last that has anything to train on; `stack` puts empty ones at the end."""
+    """Number of micro-batches up to the last that trains on anything; `packing.pad_microbatches` adds empty ones."""
     busy_M = jnp.any(batches.sampled, axis=(1, 2))
     return jnp.max(jnp.where(busy_M, jnp.arange(1, busy_M.shape[0] + 1), 0))
 

@@ -2,7 +2,7 @@
 
     python sft.py --config=configs/sos.py            # same model, tokens and time as configs/apr.py
 
-Time: as configs/apr.py. Expected score: see README.
+Time: as configs/apr.py. Expected score: see docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """What `evaluate.py --sweep` measures: the paper's comparisons for the runs of one preset.
 
-    python evaluate.py --sweep=configs/sweep.py            # preset laptop: the README says how its runs are trained
+    python evaluate.py --sweep=configs/sweep.py            # preset laptop: docs/reproduce.md has its runs
     python evaluate.py --sweep=configs/sweep.py:PRESET     # smoke, laptop, desktop, gpu, paper
     python -m analysis.figures --results=runs/sweep
 

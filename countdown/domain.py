@@ -21,7 +21,7 @@ from solver import DemonstratorConfig, ProblemRange
 
 
 class CountdownDomain(Domain):
-    """Reads `problems`, `demonstrator`, `number_limit`, `threads` and `prompt` of the configuration."""
+    """Reads `problems`, `demonstrator`, `number_limit`, `threads`, `budget` and `limits.depth` of the configuration."""
 
     example = '{"numbers": [...], "target": n}'
     language: Tokenizer

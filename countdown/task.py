@@ -1,6 +1,6 @@
 """Countdown as a task of the runtime, and demonstrations as rollouts.
 
-`Countdown` implements `parallel_runtime.Task`:
+`Countdown` implements `protocols.ForcedTask`:
 
   spawn   parses the spawn block that ends a thread and writes the prompt of each child;
   join    writes the result of each child for its parent;
@@ -63,7 +63,7 @@ _PATH_KINDS = {"move", "state", "explore", "generate", "goal"}
 
 
 def _known_nodes(text: str) -> dict[str, str]:
-    """Nodes generated in a text -> their state as a state line writes it, without its first words."""
+    """Nodes generated in a text -> their state line, without its first words "Current State: "."""
     nodes: dict[str, str] = {}
     operations = "[]"
     for match in _KNOWN.finditer(text):
@@ -83,7 +83,7 @@ def root_prompt(problem: Problem, method: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Countdown(Checked):
-    """The `parallel_runtime.Task` of Countdown.
+    """The `protocols.ForcedTask` of Countdown.
 
     `children_budget` and `token_budget` write a budget into the prompt, in the words of demonstrations that state
     one; None writes nothing. Raises ValueError for an unknown method or join, or a negative budget.
@@ -160,7 +160,7 @@ class Countdown(Checked):
     def _spawned(self, before: str, block: str) -> list[str]:
         """Nodes that a well-formed spawn block names; raises MalformedSpawn.
 
-        The root spawns at level 1. A child cannot see how deep it is, so any level above is right.
+        The root must write level 1. A child cannot see how deep it is, so it may write any level from 2 on.
         """
         nodes = re.findall(f"> Moving to Node #({FIELDS['node']})\n", block)
         if not nodes:
@@ -175,7 +175,10 @@ class Countdown(Checked):
         return nodes
 
     def join(self, children: Sequence[Thread]) -> list[int]:
-        """Join block: a line per child, each success followed by the child's final path (or each by all its text)."""
+        """Join block: a line per child, and after a success the child's final path.
+
+        With child_returns="text" all that the child wrote follows every line instead.
+        """
         encode = self.tokenizer.encode
         ids = encode("<Sub Searches>\n")
         for i, child in enumerate(children):
@@ -208,7 +211,7 @@ class Countdown(Checked):
         return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
 
     def force_answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
-        """Makes a root answer: the goal is claimed after its last whole line (again, where it is already).
+        """Makes a root answer: claims the goal after its last whole line, or where it was claimed before.
 
         Claiming it plays the part of s1's end-of-thinking delimiter: what a trace says after it is the answer.
         """
@@ -233,7 +236,10 @@ class Countdown(Checked):
         return keep, self.tokenizer.encode(f"Moving to Node #{left[0]}\n")
 
     def grade(self, problem: Problem, root: Thread) -> Grade:
-        """Judges the answer of a root thread: the operations of its last state and the one that reached the goal."""
+        """Judges the answer of a root thread: the operations of its last state and the one that reached the goal.
+
+        Of a direct solution the answer is all its operations.
+        """
         if root.stop != records.END:
             return Grade(False, f"no answer: stopped by {root.stop}")
         text = self.tokenizer.decode(root.ids()[:-1])
