@@ -107,7 +107,6 @@ def main(argv: list[str]) -> int:
         for figures in getattr(sections, args.part)(args):
             print(MARK + json.dumps(figures, default=float), flush=True)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part ends too
     args.output = str(pathlib.Path(args.output).absolute())
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -125,4 +124,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part ends too
     sys.exit(main(sys.argv[1:]))

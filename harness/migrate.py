@@ -95,10 +95,12 @@ def log(old: Json) -> Json:
 
 
 def migrate(path: pathlib.Path) -> list[str]:
-    """Converts the files of a run, and returns their names.
+    """Converts the files of a run, and returns their names. An exported model stays as it is.
 
     Raises ValueError if there is no run, and UsageError if another process writes to it.
     """
+    if [*path.glob("model*.safetensors")]:
+        return []  # exported: of the new format, with checksums of its own
     texts = {name: path / name for name in ("metrics.jsonl", "eval.json", "config.json")}
     if not any(file.exists() for file in texts.values()):
         raise ValueError(f"{path} holds no run: no {', '.join(texts)}")

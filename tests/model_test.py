@@ -134,7 +134,7 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 96)), jnp.bfloat16)
     norm = model.RMSNorm()
     with jax.disable_jit():
-        found = norm.apply(norm.init(jax.random.key(0), x), x)
+        found = jnp.asarray(norm.apply(norm.init(jax.random.key(0), x), x))
     exact = np.asarray(x, np.float64)
     exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
     assert found.dtype == jnp.bfloat16

@@ -34,6 +34,7 @@ MODEL = Decoder(
 GREEDY = SamplerConfig(rows=4, steps_per_call=8, length_bucket=72, max_gathered_slots=288, temperature=0.0, top_k=0, top_p=1.0)
 DRAWN = SamplerConfig(rows=4, steps_per_call=16, length_bucket=144, max_gathered_slots=576, temperature=1.0, top_k=0, top_p=1.0)
 NEAR_TIE = 1e-4
+NEVER = [VOCAB]  # no id stops; on several devices an empty list makes the compiler of jax 0.11.2 crash
 
 
 @functools.cache
@@ -124,13 +125,13 @@ def test_greedy_equals_the_oracle():
 
 def test_rows_devices_neighbours_and_order_do_not_matter():
     fills, devices = threads(limit=24), np.asarray(jax.devices())
-    expected = run(Sampler(MODEL, params(), DRAWN, []), fills)
+    expected = run(Sampler(MODEL, params(), DRAWN, NEVER), fills)
     eight, mixed = Mesh(devices, ("data",)), Mesh(devices[:4].reshape(2, 2, 1), ("data", "fsdp", "tensor"))
     others = [
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=1, steps_per_call=5, length_bucket=72), []), fills[::-1]),
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=16), [], eight), fills),
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=7, length_bucket=24, max_gathered_slots=96), []), fills),  # many groups
-        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=4), [], mixed), fills[4:] + fills[:4]),
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=1, steps_per_call=5, length_bucket=72), NEVER), fills[::-1]),
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=16), NEVER, eight), fills),
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=7, length_bucket=24, max_gathered_slots=96), NEVER), fills),  # many groups
+        (Sampler(MODEL, params(), dataclasses.replace(DRAWN, rows=4), NEVER, mixed), fills[4:] + fills[:4]),
     ]
     ties = 0
     for engine, order in others:
@@ -139,7 +140,7 @@ def test_rows_devices_neighbours_and_order_do_not_matter():
                 assert margin(fills[number], stopped.ids, expected[number].ids) < NEAR_TIE
                 ties += 1
                 continue
-            np.testing.assert_allclose(stopped.logprobs, expected[number].logprobs, atol=1e-5)
+            np.testing.assert_allclose(stopped.logprobs, expected[number].logprobs, atol=3e-5)  # rounding of other shapes
     assert ties <= 1  # of 28: a draw within rounding of the border between two ids
     for fill in fills:
         check_logprobs(fill, expected[fill.key[0]])

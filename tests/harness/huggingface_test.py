@@ -25,7 +25,7 @@ import evaluate
 import grpo
 import sft
 from analysis import choose, sweep
-from harness import export, huggingface, llama
+from harness import export, huggingface, llama, results
 from harness.build import build
 from harness.cli import UsageError
 from harness.workdir import Workdir, holds_parameters, load_best, read_config
@@ -219,7 +219,7 @@ def test_two_exports_of_one_model_are_the_same_bytes(tmp_path):
 def test_log_and_evaluation_are_copied(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "run" / "eval.json").write_text("[]\n")
+    (tmp_path / "run" / "eval.json").write_text(json.dumps([results.signed({"accuracy": 0.5})]))
     params = write(tmp_path / "out", source=tmp_path / "run")
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     (tmp_path / "out" / "eval.json").write_text("[1]\n")  # as evaluate.py does

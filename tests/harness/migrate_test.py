@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -112,6 +113,13 @@ def test_a_last_line_that_a_kill_cut_goes(run):
         file.write('{"step": 3, "lo')
     assert "metrics.jsonl" in migrate.migrate(run)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_exported_model_stays_as_it_is(tmp_path):
+    shutil.copytree(ROOT / "pretrained" / "apr", tmp_path / "apr")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "apr").iterdir()}
+    assert migrate.migrate(tmp_path / "apr") == []
+    assert {file.name: file.read_bytes() for file in (tmp_path / "apr").iterdir()} == before
 
 
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, capsys):
