@@ -87,8 +87,3 @@ class Checkpoints:
         wanted: typing.Any = {self._arrays: ocp.args.StandardRestore(like), self._values: ocp.args.JsonRestore()}
         restored = self._orbax.restore(self.path / str(step), args=ocp.args.Composite(**wanted))
         return restored[self._arrays], restored[self._values]
-
-    def values(self, step: int) -> dict:
-        """The JSON object alone."""
-        wanted: typing.Any = {self._values: ocp.args.JsonRestore()}
-        return self._orbax.restore(self.path / str(step), args=ocp.args.Composite(**wanted))[self._values]

@@ -56,7 +56,7 @@ class Reference:
         mean, self._rewards = sum(self._rewards) / len(self._rewards), []
         flat = self._before is not None and mean <= self._before
         self._before = None if flat else mean
-        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))  # else the run stops here
-        if flat and self._kept and finite:
+        # The loop stops a run whose parameters are not finite.
+        if flat and self._kept and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
             self.params, self.step = jax.tree.map(jnp.copy, params), step  # the policy's own are donated
             self._kept.save(step, self.params, {})

@@ -120,7 +120,7 @@ class Workdir:
 
     def save_failed(self, step: int, tree: typing.Any, reason: str) -> None:
         """Keeps what it takes to run a step again that failed: its parameters and its batch."""
-        self._failed.save(step, tree, {"reason": reason, "config": read_config(self.path)})
+        self._failed.save(step, tree, {"reason": reason})
 
     def load_failed(self) -> tuple[int, typing.Any, str]:
         """The step that failed, its parameters and batch as host arrays, and what was not finite.

@@ -140,7 +140,7 @@ def test_rows_devices_neighbours_and_order_do_not_matter():
                 assert margin(fills[number], stopped.ids, expected[number].ids) < NEAR_TIE
                 ties += 1
                 continue
-            np.testing.assert_allclose(stopped.logprobs, expected[number].logprobs, atol=3e-5)  # rounding of other shapes
+            np.testing.assert_allclose(stopped.logprobs, expected[number].logprobs, atol=2e-5)  # rounding of other shapes: 1.2e-5 by jax 0.11.2
     assert ties <= 1  # of 28: a draw within rounding of the border between two ids
     for fill in fills:
         check_logprobs(fill, expected[fill.key[0]])
