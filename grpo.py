@@ -36,6 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import records
+from checks import require
 from harness import loop
 from harness.build import Parts, build, field_errors
 from harness.cli import UsageError, usage_errors
@@ -305,6 +306,8 @@ def prepare(start: pathlib.Path, recipe: ConfigDict) -> Parts:
     with field_errors():
         parts = build(combine(start, recipe))
         GrpoConfig(**parts.config.grpo)
+        top_k, top_p = parts.sampler.top_k, parts.sampler.top_p
+        require(top_k == 0 and top_p == 1, f"rollouts need the whole policy: not top_k={top_k} and top_p={top_p}")
     return parts
 
 

@@ -169,8 +169,8 @@ def over_steps(logs: Iterable[Log], name: str) -> list[Line]:
     return [line for line in lines if line.points]
 
 
-def heldout(logs: Iterable[Log]) -> list[Line]:
-    """Held-out accuracy over the steps of each run, with its interval where one was logged."""
+def validated(logs: Iterable[Log]) -> list[Line]:
+    """Validation accuracy over the steps of each run, with its interval where one was logged."""
     lines = []
     for log in logs:
         lines_seen = [line for line in log.lines if "validation_accuracy" in line]
@@ -183,7 +183,7 @@ def heldout(logs: Iterable[Log]) -> list[Line]:
 def training(logs: Sequence[Log]) -> Chart:
     """Accuracy over the steps of GRPO (paper, figure 7)."""
     runs = [log for log in logs if any("sampled_accuracy" in line for line in log.lines)]
-    panels = {"sampled problems": over_steps(runs, "sampled_accuracy"), "held-out problems": heldout(runs)}
+    panels = {"sampled problems": over_steps(runs, "sampled_accuracy"), "validation problems": validated(runs)}
     return Chart("Accuracy during reinforcement learning", "step", "runs of grpo.py", panels, SMOOTHED)
 
 

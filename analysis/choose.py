@@ -106,9 +106,14 @@ def read_logs(folders: Sequence[str]) -> list[Log]:
 # ---------------------------------------------------------------- choosing
 
 
+def unchanged(entry: Entry) -> bool:
+    """Whether threads spawn and join as in the paper; a task without variants says nothing of them."""
+    return entry.threads in ({}, THREADS)
+
+
 def whole(entries: Iterable[Entry], alone: bool = False) -> list[Entry]:
     """Entries of one sample a problem and unchanged threads; solved side by side, or one at a time (`alone`)."""
-    return [e for e in entries if (e.samples, e.threads, e.concurrent == 1) == (1, THREADS, alone)]
+    return [e for e in entries if unchanged(e) and (e.samples, e.concurrent == 1) == (1, alone)]
 
 
 def free(entries: Iterable[Entry], temperature: float | None = None, alone: bool = False) -> list[Entry]:
@@ -128,7 +133,7 @@ def requested(entries: Iterable[Entry], name: str, least: int) -> list[Entry]:
 
 def sampled(entries: Iterable[Entry]) -> list[Entry]:
     """Entries of several samples of each problem and unchanged threads."""
-    return [e for e in entries if e.samples > 1 and e.threads == THREADS]
+    return [e for e in entries if unchanged(e) and e.samples > 1]
 
 
 def policy(entry: Entry) -> tuple[str, str, float]:

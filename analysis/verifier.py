@@ -1,6 +1,6 @@
 """Explains a rollout: what is wrong in which line of which thread, and what cost the answer.
 
-The grader (`solver.grade_steps`) says that an answer is wrong; this says why there is no right one.
+The grader (`countdown.grader`) says that an answer is wrong; this says why there is no right one.
 
   1. `verify` reads every thread in the order in which they ran: children stand between the call that spawned them and
      the one that was given their join. A line is judged by what its thread could see and then believed, so that a
@@ -9,7 +9,7 @@ The grader (`solver.grade_steps`) says that an answer is wrong; this says why th
      step on a hopeless branch changes nothing.
   3. `explain` names the fatal fault that a failed rollout failed by.
 
-Model output is data: parsed by the one strict grammar (`tokenizer.parse`), never evaluated. Lines that the runtime
+Model output is data: parsed by the one strict grammar (`countdown.language.parse`), never evaluated. Lines that the runtime
 gave are believed; the thread that wrote them has answered for them.
 """
 

@@ -4,8 +4,8 @@
 
 One round, in WORKDIR/round-K:
 
-  1. Sample rollouts of training problems that no earlier round has seen, from the model of the round before (the first
-     round: from the start).
+  1. Sample rollouts of training problems, drawn anew each round, from the model of the round before (the first round:
+     from the start).
   2. Keep those that are right and whose rating is at or above a quantile. Short searches rate high.
   3. Train again from the start, never from the round before, on what was kept: `sft.py`'s own stage, for which a
      kept rollout is a demonstration like any other.
@@ -48,15 +48,17 @@ from protocols import Domain, Language, Request
 from records import Rollout
 
 EXPLORED = "Exploring Operation"  # what a line that tries an operation begins with
-MOST = 1152  # operations of the largest search of four numbers (Stream of Search)
+# Numbers of a problem -> operations of its largest search (Stream of Search, countdown_utils.metric_fn).
+MOST = {2: 4, 3: 48, 4: 1152, 5: 46080}  # of any other problem that of four
 ROLLOUTS = "rollouts.jsonl.gz"
 
 
 def rating(rollout: Rollout, language: Language) -> float:
-    """max(0, 1 - (explored operations + 1) / 1152) over all threads, 0 if wrong (Stream of Search)."""
+    """max(0, 1 - (explored operations + 1) / MOST) over all threads, 0 if wrong (Stream of Search)."""
     calls = [call for thread in rollout.threads() for call in thread.calls]
     explored = sum(language.decode(call.sampled).count(EXPLORED) for call in calls)
-    return max(0.0, 1 - (explored + 1) / MOST) * rollout.grade.correct
+    most = MOST.get(len(getattr(rollout.problem, "numbers", ())), MOST[4])
+    return max(0.0, 1 - (explored + 1) / most) * rollout.grade.correct
 
 
 def keep(rollouts: Sequence[Rollout], language: Language, quantile: float) -> list[Rollout]:
@@ -88,7 +90,8 @@ def sample(parts: Parts, params: typing.Any, number: int) -> list[Rollout]:
     """The rollouts of round `number` (from 1)."""
     star, domain, seed = parts.config.star, parts.domain, parts.config.seed
     first = (number - 1) * star.samples
-    requests = [Request(domain.problem("train", seed, first + i)) for i in range(star.samples)]
+    # A problem may be drawn twice: its number makes the draws of its rollouts differ.
+    requests = [Request(domain.problem("train", seed, i), i) for i in range(first, first + star.samples)]
     done, pool = itertools.count(1), RolloutPool(parts)
     with contextlib.closing(Progress(len(requests), 0, "rollout")) as progress:
         return pool.run(params, star.temperature, requests, (seed, number), lambda: progress.update(next(done)))

@@ -19,10 +19,11 @@ The base model reads texts of four kinds, in the shares of `TEXTS` (of texts; a 
     sum       0.20   the sum of two values: 49+17=66
     check     0.25   whether two values are equal, as often as not: 49=17?no
     search    0.15   a problem of the training split, one to `TRIES` lines that are drawn at random, and as the answer
-                     the last of them. Every other search checks its lines. None stops because a line was right, so
-                     an answer is right by chance, and what is learned is the form.
+                     the last of them. Every other search of "countdown" checks its lines. None stops because a line
+                     was right, so an answer is right by chance, and what is learned is the form.
 
-No text shows how to solve a problem: to go on after "no", to stop after "yes" and to draw better is left to RL.
+No text shows how to solve a problem: to go on after "no", to stop after "yes" and to draw better is left to RL. No
+text holds the answer to a problem of another split than that for training either.
 
 Deviations from TinyZero: GRPO, not PPO with a critic; a base model from scratch, not a language model; an answer
 needs the right form to earn 0.1; and a parser grades it (`value_of`), not `eval`.
@@ -209,15 +210,23 @@ def compare(left: int, right: int) -> str:
     return f"{left}={right}?{'yes' if left == right else 'no'}"
 
 
+def partial_factors(number: int) -> list[int]:
+    """What a number is the sum of: 45 is 5 + 40."""
+    return [int(digit) * 10**power for power, digit in enumerate(reversed(str(number))) if digit != "0"]
+
+
 def partial(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
     """A random partial product of two numbers, and its value: of 23 and 45 it is 23*40 or 23*5."""
     left, right = numbers
-    part = rng.choice([int(digit) * 10**power for power, digit in enumerate(reversed(str(right))) if digit != "0"])
+    part = rng.choice(partial_factors(right))
     return f"{left}*{part}", left * part
 
 
 class ZeroDomain(Domain):
-    """Reads `problems` of the configuration; `kind` is "countdown" or "multiply"."""
+    """Reads `problems` of the configuration; `kind` is "countdown" or "multiply".
+
+    A product that can be a partial product of another, such as 23*40, is only in the training split.
+    """
 
     example = CountdownDomain.example
     language = LANGUAGE
@@ -246,7 +255,8 @@ class ZeroDomain(Domain):
         rng = random.Random(f"multiply {split} {seed} {index}")
         while True:
             left, right = rng.randint(self.low, self.high), rng.randint(self.low, self.high)
-            if solver.split_of((left, right), left * right) == split:
+            partial = min(len(partial_factors(left)), len(partial_factors(right))) == 1
+            if ("train" if partial else solver.split_of((left, right), left * right)) == split:
                 return Problem((left, right), left * right)
 
     def problems(self, split: str, n: int) -> Sequence[Problem]:
@@ -270,9 +280,8 @@ class ZeroDomain(Domain):
 
     def text(self, kind: str, problem: Problem, rng: random.Random) -> str:
         """A text of one kind of `TEXTS`."""
-        draw = expression if self.families else partial
-        line, value = draw(problem.numbers, rng)
-        other = draw(self.problem("train", 0, rng.randrange(10**6)).numbers, rng)[1]
+        line, value = self.line(problem.numbers, rng)
+        other = self.line(self.problem("train", 0, rng.randrange(10**6)).numbers, rng)[1]
         if kind == "fact":
             return f"{line}={value}"
         if kind == "sum":
@@ -281,18 +290,27 @@ class ZeroDomain(Domain):
             return compare(value, rng.choice((value, other)))
         return self.task.prompt_text(problem).removeprefix("<text>") + self.search(problem, rng)
 
+    def line(self, numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
+        """A random expression or partial product and its value, which solves no problem outside of training."""
+        if not self.families:
+            return partial(numbers, rng)
+        while True:
+            text, value = expression(numbers, rng)
+            if solver.split_of(numbers, value) == "train":
+                return text, value
+
     def search(self, problem: Problem, rng: random.Random) -> str:
         """Thoughts at random, and the last of them as the answer."""
         checks, lines, values = rng.random() < 0.5, list[str](), list[int]()
         answer = ""
         for _ in range(rng.randint(1, TRIES)):
             if self.families:
-                answer, value = line, _ = expression(problem.numbers, rng)
+                answer, value = line, _ = self.line(problem.numbers, rng)
             elif len(values) > 1 and rng.random() < 0.5:
                 left, right = rng.sample(values, 2)
                 line, value = f"{left}+{right}", left + right
             else:
-                line, value = partial(problem.numbers, rng)
+                line, value = self.line(problem.numbers, rng)
             values.append(value)
             lines.append(f"{line}={compare(value, problem.target) if checks and self.families else value}")
         return f"{';'.join(lines)}</think><answer>{answer or values[-1]}</answer>"

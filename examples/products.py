@@ -17,6 +17,7 @@ Time: one minute for each command on 2 CPU cores. Its score has not been measure
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 import typing
@@ -82,7 +83,9 @@ class Products:
         return encode("[" + "+".join(answer(child) for child in children) + "]")
 
     def grade(self, problem: tuple[int, int], root: Thread) -> Grade:
-        """The root must end with the product."""
+        """The root must end with the product. One that was cut has no answer."""
+        if root.stop != END:
+            return Grade(False, f"no answer: stopped by {root.stop}")
         found = answer(root)
         right = found == str(problem[0] * problem[1])
         return Grade(right, "" if right else f"{found} is not {problem[0]} * {problem[1]}", (found,))
@@ -118,7 +121,10 @@ def product_of(text: str) -> int:
 
 
 class ProductsDomain(Domain):
-    """Reads `problems` of the configuration: both numbers are from low to high."""
+    """Reads `problems` of the configuration: two numbers from low to high, each with at least two digits that are not 0.
+
+    So no problem is what a child computes, and what is held out was never a child's prompt in training.
+    """
 
     example = '{"numbers": [left, right]}'
     language, task = LANGUAGE, Products()
@@ -126,11 +132,12 @@ class ProductsDomain(Domain):
     def __init__(self, config: ConfigDict) -> None:
         low, high = config.problems.low, config.problems.high
         require(1 <= low <= high, f"problems.low={low} must be at least 1 and at most problems.high={high}")
-        every = [Problem(left, right) for left in range(low, high + 1) for right in range(low, high + 1)]
+        numbers = [number for number in range(low, high + 1) if len(parts((1, number))) > 1]
         self.family = dict(config.problems)
         self.splits: dict[str, list[Problem]] = {"train": [], "validation": [], "heldout": []}
-        for problem in every:
-            tenth = hashlib.blake2b(repr(tuple(problem)).encode(), digest_size=1).digest()[0] % 10
+        for problem in itertools.starmap(Problem, itertools.product(numbers, numbers)):
+            # 12 * 34 and 34 * 12 are one problem.
+            tenth = hashlib.blake2b(repr(sorted(problem)).encode(), digest_size=1).digest()[0] % 10
             self.splits["heldout" if tenth == 0 else "validation" if tenth == 1 else "train"].append(problem)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
@@ -185,7 +192,7 @@ def get_config(preset: str = "sft") -> ConfigDict:
         task="products",
         seed=0,
         init="",
-        problems=dict(low=2, high=40),
+        problems=dict(low=11, high=49),
         model=dict(
             width=64, layers=2, heads=2, kv_heads=2, head_width=32, mlp_width=192, context=64,
             rope_theta=10_000.0, tied=True, dtype="float32",

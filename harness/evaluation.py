@@ -222,7 +222,7 @@ def table(evaluation: Evaluation) -> str:
     rows = [
         ("accuracy", f"{e.accuracy:.3f}  (95 % {low:.3f}-{high:.3f}, {e.correct}/{e.n * e.samples})"),
         ("samples of a problem together", together),
-        ("demonstrator at equal compute", "" if e.demonstrator is None else f"{e.demonstrator:.3f}"),
+        ("demonstrator, at equal cost or less", "" if e.demonstrator is None else f"{e.demonstrator:.3f}"),
         ("failures", "  ".join(f"{kind}: {n:.3f}" for kind, n in [*e.failures.items()][:4]) or "none"),
         ("child threads per problem", f"{e.children:.2f}"),
         ("total tokens per problem", f"{e.total_tokens:.0f}"),

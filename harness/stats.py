@@ -121,13 +121,16 @@ def reached_within(correct: Sequence[bool], costs: Sequence[float], bound: float
 
 
 def resampled(correct: Sequence[bool], costs: Sequence[float], bound: float, samples: int) -> tuple[Estimate, float]:
-    """Accuracy, and mean cost of an answer, if a problem is sampled again until a sample costs at most `bound`.
+    """Accuracy, and mean cost of an accepted answer, if a problem is sampled until a sample costs at most `bound`.
 
-    A problem none of whose `samples` does is not solved, and costs nothing (s1, arXiv 2501.19393: rejection sampling).
+    A problem none of whose `samples` does is not solved. The cost leaves rejected samples out, as s1's does (arXiv
+    2501.19393: rejection sampling); it is 0 if nothing is accepted.
     """
     tried = grouped(list(zip(correct, costs, strict=True)), samples)
-    first = [next((sample for sample in group if sample[1] <= bound), (False, 0.0)) for group in tried]
-    return mean_with_interval([float(right) for right, _ in first]), sum(cost for _, cost in first) / len(first)
+    first = [next((sample for sample in group if sample[1] <= bound), None) for group in tried]
+    accepted = [sample[1] for sample in first if sample]
+    estimate = mean_with_interval([float(sample[0]) if sample else 0.0 for sample in first])
+    return estimate, sum(accepted) / max(1, len(accepted))
 
 
 def windows(rollouts: Sequence[Rollout], context: int, samples: int) -> dict[str, Estimate]:

@@ -341,6 +341,14 @@ def test_a_start_whose_configuration_lacks_fields_is_named(tmp_path, stored):
         grpo.prepare(tmp_path, recipe.get_config("smoke"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", 5), ("top_p", 0.9)])
+def test_a_policy_that_is_not_sampled_whole_is_refused(name, value):
+    config = recipe.get_config("smoke")
+    config.sampler[name] = value
+    with pytest.raises(ValueError, match=f"rollouts need the whole policy: .*{name}={value}"):
+        grpo.prepare(PRETRAINED, config)
+
+
 def test_presets_do_not_share_a_start_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipes = {preset: recipe.get_config(preset) for preset in ("smoke", "laptop", "desktop", "gpu")}

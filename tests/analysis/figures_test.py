@@ -459,7 +459,7 @@ def test_training_curves_by_hand():
         ("APR RL", RAW, [(1, 0.25), (2, 0.5)]),
         ("APR RL", SMOOTH, [(1, 0.375), (2, 0.375)]),
     ]
-    assert panels["held-out problems"] == [Line("APR RL", "", [(0, 0.5, 0.4, 0.7), (2, 0.5, 0.4, 0.7)])]
+    assert panels["validation problems"] == [Line("APR RL", "", [(0, 0.5, 0.4, 0.7), (2, 0.5, 0.4, 0.7)])]
     counts = charts.threads(logs).panels
     assert [bare(lines)[0][2] for lines in counts.values()] == [[(1, 4), (2, 5)], [(1, 400), (2, 400)], [(1, 80), (2, 80)]]
     assert not any([*charts.training([sft_log()]).panels.values(), *charts.threads([sft_log()]).panels.values()])

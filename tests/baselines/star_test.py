@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from baselines import star
 from configs import apr
 from countdown.domain import CountdownDomain
+from countdown.grader import Problem
 from harness.cli import UsageError
 from harness.workdir import PRETRAINED
 from records import END, SPAWN, Call, Grade, Rollout, Thread
@@ -40,6 +42,8 @@ def test_the_rating_counts_the_operations_that_all_threads_sampled():
     assert star.rating(rollout(10, inherited=5), Ones) == 1 - 11 / 1152
     assert star.rating(rollout(1151), Ones) == star.rating(rollout(2000), Ones) == 0
     assert star.rating(rollout(10, correct=False), Ones) == 0
+    three = dataclasses.replace(rollout(11), problem=Problem((2, 5, 7), 17))
+    assert star.rating(three, Ones) == 1 - 12 / 48
 
 
 @pytest.mark.parametrize(

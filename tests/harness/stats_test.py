@@ -150,7 +150,8 @@ def test_resampling_takes_the_first_sample_that_is_short_enough():
     costs = [90, 40, 10, 50, 10, 10, 60, 70, 80]
     (value, low, high), tokens = stats.resampled(correct, costs, 50, 3)
     assert value == pytest.approx(1 / 3) and (low, high) == stats.wilson(1, 3)
-    assert tokens == (40 + 50 + 0) / 3
+    assert tokens == (40 + 50) / 2
+    assert stats.resampled(correct, costs, 5, 3) == (stats.mean_with_interval([0.0] * 3), 0)
     assert stats.resampled(correct, costs, 1000, 3)[0][0] == pytest.approx(2 / 3)
 
 
