@@ -162,8 +162,10 @@ def main(_: list[str]) -> None:
         return None
     rollout = solve_one(pool, params, problems[0])
     if args.record:
+        domain = parts.domain
+        trace = records.stored(args.config.task, domain.facts(), rollout, domain.to_json(rollout.problem))
         with usage_errors():
-            write_json(pathlib.Path(args.record), records.stored(args.config.task, parts.domain.facts(), rollout))
+            write_json(pathlib.Path(args.record), trace)
     return None
 
 

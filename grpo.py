@@ -301,13 +301,14 @@ def combine(start: pathlib.Path, recipe: ConfigDict) -> ConfigDict:
     return combined
 
 
+@field_errors()
 def prepare(start: pathlib.Path, recipe: ConfigDict) -> Parts:
     """The objects of an RL run. Raises ValueError on values that cannot work."""
-    with field_errors():
-        parts = build(combine(start, recipe))
-        GrpoConfig(**parts.config.grpo)
-        top_k, top_p = parts.sampler.top_k, parts.sampler.top_p
-        require(top_k == 0 and top_p == 1, f"rollouts need the whole policy: not top_k={top_k} and top_p={top_p}")
+    parts = build(combine(start, recipe))
+    GrpoConfig(**parts.config.grpo)
+    top_k, top_p = parts.sampler.top_k, parts.sampler.top_p
+    require(top_k == 0 and top_p == 1, f"rollouts need the whole policy: not top_k={top_k} and top_p={top_p}")
+    require(parts.train.log_every == 1, f"every step is logged: train.log_every must be 1, not {parts.train.log_every}")
     return parts
 
 

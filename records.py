@@ -149,6 +149,9 @@ def mean_costs(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, f
     return {name: sum(cost[name] for cost in costs) / len(costs) for name in names}
 
 
-def stored(task: str, facts: dict[str, typing.Any], rollout: Rollout) -> dict[str, typing.Any]:
-    """What a trace file keeps: the task, what its domain says of itself (`Domain.facts`), and the record."""
-    return {"task": task, "facts": facts, "rollout": dataclasses.asdict(rollout)}
+def stored(task: str, facts: dict[str, typing.Any], rollout: Rollout, problem: dict[str, typing.Any]) -> dict:
+    """What a trace file keeps: the task, what its domain says of itself (`Domain.facts`), and the record.
+
+    `problem` is that of the record, as the domain writes it (`Domain.to_json`).
+    """
+    return {"task": task, "facts": facts, "rollout": {**dataclasses.asdict(rollout), "problem": problem}}

@@ -336,7 +336,7 @@ def main(_: list[str]) -> None:
     rollout = record(problem, trace, Countdown(tokenizer, args.method))
     if args.json:
         facts = {"method": args.method, "number_limit": NUMBER_LIMIT}
-        print(json.dumps(stored("countdown", facts, rollout)))
+        print(json.dumps(stored("countdown", facts, rollout, dataclasses.asdict(problem))))
     else:
         print(f"{show(rollout, tokenizer)}{verdict(rollout.grade)}")
 

@@ -37,14 +37,7 @@ class Log(typing.NamedTuple):
 def read_entries(path: AnyPath) -> list[Entry]:
     """The checked entries of an eval.json."""
     with usage_errors():
-        data = path.read_bytes()
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, list) or not values:
-        raise UsageError(f"{path} must hold a list of evaluations")
-    entries = [results.read(value, str(path)) for value in values]
+        entries = results.read(path.read_bytes(), str(path))
     for entry in entries:
         unlike = [f"{name} {value:g}" for name, value in entry.sampling.items() if value != SAMPLING.get(name)]
         entry.label = ", ".join([label_of(entry.label, entry.label), *unlike])

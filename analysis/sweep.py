@@ -86,7 +86,8 @@ def run(plan: Sequence[Point], output: pathlib.Path) -> None:
         folder = output / f"{point.label}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}".replace(" ", "-")
         file = folder / "eval.json"
         if file.exists():
-            evaluation = _measured(file)
+            with usage_errors():
+                (evaluation,) = read(file.read_bytes(), str(file))
         else:
             shapes = (parts.model.config, parts.sampler, parts.evaluation.concurrent, parts.domain.facts()["method"])
             if shapes not in warm:  # points that differ in limits or prompts alone share compiled functions
@@ -98,15 +99,6 @@ def run(plan: Sequence[Point], output: pathlib.Path) -> None:
                 write_json(file, [evaluation.to_json()])
         print(f"{number}/{len(plan)} {line(evaluation)}", flush=True)
     print(json.dumps({"points": len(plan), "output": str(output)}))
-
-
-def _measured(file: pathlib.Path) -> Evaluation:
-    """The evaluation in the file of a point. Raises UsageError if the file is damaged."""
-    try:
-        (value,) = json.loads(file.read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged ({error}): remove it, and run the same command again") from error
-    return read(value, str(file))
 
 
 def line(evaluation: Evaluation) -> str:

@@ -125,8 +125,8 @@ def forcing_table(entries: Sequence[Entry]) -> Table:
         rows.append([*name, *_s1([(e.total_tokens, e.accuracy) for e in group], control)])
     rows += [row for e in sampled(entries) for row in _resampled(e)]
     note = "After s1 (arXiv 2501.19393). Control: share of rollouts within the budget. Scaling: mean slope of accuracy "
-    note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy. Resampled: tokens of the "
-    note += "accepted answers alone."
+    note += "per 1,000 total tokens, over all pairs of budgets. Performance: the highest accuracy. Resampled: tokens "
+    note += "of accepted answers alone."
     head = "method | temperature | budget | accuracy | total tokens | Control | Scaling | Performance"
     return Table("Table 4. Budget forcing", note, head, rows)
 

@@ -9,8 +9,8 @@ The grader (`countdown.grader`) says that an answer is wrong; this says why ther
      step on a hopeless branch changes nothing.
   3. `explain` names the fatal fault that a failed rollout failed by.
 
-Model output is data: parsed by the one strict grammar (`countdown.language.parse`), never evaluated. Lines that the runtime
-gave are believed; the thread that wrote them has answered for them.
+Model output is data: parsed by the one strict grammar (`countdown.language.parse`), never evaluated. Lines that the
+runtime gave are believed; the thread that wrote them has answered for them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ TRUNCATED = "truncated"  # stopped by a bound
 # The goal was reached: fatal.
 LOST_AT_JOIN = "lost_at_join"  # a child handed a right path over, and its parent did not answer with it
 UNREPORTED = "unreported"  # a thread reached the goal, but its end is no path to hand over, or no answer
-# Neither costs a state by itself.
+# Costs no state by itself.
 UNKNOWN_NODE = "unknown_node"  # a move to a node that was never generated in what the thread can see
-REVISITED = "revisited"  # an earlier sibling visited this state; right demonstrations do it too
 # What is left to say of a failed rollout without a fatal fault.
 EXHAUSTED = "exhausted"  # the search ended and found nothing
 UNSOLVABLE = "unsolvable"  # there is nothing to find
@@ -146,7 +145,6 @@ class _Reader:
         self.known: dict[str, list[State]] = defaultdict(list)  # node -> what it was said to be
         self.listed: dict[str, list[tuple[int, ...]]] = defaultdict(list)  # node -> what its right operations leave
         self.times: Counter[tuple[str, str, frozenset[int]]] = Counter()  # of an operation of a node
-        self.visited: dict[tuple[int, ...], tuple[int, int]] = {}  # sorted numbers -> call and line
         self.explored: Line | None = None  # the last operation, while lines refer to it
         text = tokenizer.decode(thread.ids())  # a direct solution has no nodes: its operations go on from one another
         self.direct = "Node #" not in text and "No solution" not in text
@@ -168,7 +166,10 @@ class _Reader:
                 self._read_line(text)
             self.given = False
             if call.stop == records.SPAWN:
-                self._read_children(next(spawns, []))
+                self.children = [_Reader(self.problem, self.tokenizer, child) for child in next(spawns, [])]
+                for child in self.children:
+                    child.read()
+                    self.faults += child.faults
             elif call.stop == records.MALFORMED:
                 self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
             elif call.stop in records.TRUNCATED:  # a root may yet be made to answer
@@ -177,19 +178,6 @@ class _Reader:
             self.faults = [fault for fault in self.faults if fault.kind not in _LOSSES]
         for fault, node, numbers in self.wasted:
             fault.fatal |= self._missed(node, numbers)
-
-    def _read_children(self, children: Sequence[Thread]) -> None:
-        """Reads the children of a spawn and compares the states they visit."""
-        self.children = [_Reader(self.problem, self.tokenizer, child) for child in children]
-        first: dict[tuple[int, ...], tuple[int, ...]] = {}  # numbers of a state -> the first child there
-        for child in self.children:
-            child.read()
-            self.faults += child.faults
-            path = child.thread.path
-            for numbers, place in child.visited.items():
-                if first.setdefault(numbers, path) != path:
-                    message = f"child {'.'.join(map(str, first[numbers]))} visits {short(list(numbers))} too"
-                    self.faults.append(Fault(path, *place, REVISITED, message, fatal=False))
 
     def _read_line(self, text: str) -> None:
         try:
@@ -228,8 +216,7 @@ class _Reader:
         self.known[self.node].append(state)
         self.numbers, self.operations, self.explored = *state, None
         if self.given and not self.call:  # its own state comes last, after what it inherits
-            self.start, self.visited = self.numbers, {}
-        self.visited.setdefault(self.numbers, (self.call, self.line))
+            self.start = self.numbers
 
     def _read_explore(self, line: Line) -> None:
         if self.taken is not None:

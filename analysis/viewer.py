@@ -164,7 +164,8 @@ def page_data(trace: Trace) -> dict[str, typing.Any]:
     ]
     return {
         "method": trace.method,
-        "problem": dataclasses.asdict(rollout.problem),
+        "task": trace.task.capitalize(),
+        "problem": tasks.part(trace.task, "domain").to_json(rollout.problem),
         "grade": dataclasses.asdict(rollout.grade),
         "costs": {**costs, "speedup": costs["total_tokens"] / max(1, costs["sequential_tokens"])},
         "threads": threads,

@@ -121,7 +121,7 @@ def product_of(text: str) -> int:
 
 
 class ProductsDomain(Domain):
-    """Reads `problems` of the configuration: two numbers from low to high, each with at least two digits that are not 0.
+    """Reads `problems` of the configuration: two numbers from low to high, each with two or more digits that are not 0.
 
     So no problem is what a child computes, and what is held out was never a child's prompt in training.
     """
@@ -162,9 +162,10 @@ class ProductsDomain(Domain):
     @staticmethod
     def from_json(entry: typing.Any) -> Problem:
         """The inverse of `to_json`."""
-        if not isinstance(entry, dict) or len(entry.get("numbers", ())) != 2:
+        numbers = entry.get("numbers") if isinstance(entry, dict) else None
+        if not isinstance(numbers, list) or len(numbers) != 2 or not all(type(number) is int for number in numbers):
             raise ValueError(f"a problem must be {ProductsDomain.example}, not {entry}")
-        return Problem(*entry["numbers"])
+        return Problem(*numbers)
 
     @classmethod
     def read_language(cls, facts: dict[str, typing.Any]) -> Characters:

@@ -105,15 +105,9 @@ class Parts:
         return self.domain.problems("validation", self.train.eval_problems)
 
 
-def build(config: ConfigDict) -> Parts:
-    """The objects of a configuration. Raises ValueError, naming the field, on values that cannot work."""
-    with field_errors():
-        return _build(config)
-
-
 @contextlib.contextmanager
 def field_errors() -> Iterator[None]:
-    """Turns what a wrong field of a configuration raises in the block into a ValueError."""
+    """Turns what a wrong field of a configuration raises, in a block or a decorated function, into a ValueError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, OverflowError) as error:
@@ -121,7 +115,9 @@ def field_errors() -> Iterator[None]:
         raise ValueError(f"{wrong}: {one_line(error)}") from error
 
 
-def _build(config: ConfigDict) -> Parts:
+@field_errors()
+def build(config: ConfigDict) -> Parts:
+    """The objects of a configuration. Raises ValueError, naming the field, on values that cannot work."""
     require(type(config.seed) is int and SEED.allows(config.seed), f"seed={config.seed!r} must be {SEED.words}")
     domain: Domain = part(config.task, "domain")(config)
     model = ModelConfig(vocab_size=domain.language.vocab_size, **config.model)

@@ -40,11 +40,6 @@ def is_part(path: pathlib.Path) -> bool:
     return bool(re.search(rf"\.\d+\{PART}$", path.name))
 
 
-def is_ours(path: pathlib.Path) -> bool:
-    """Whether a path is no user's: the lock, or part of a file."""
-    return path.name == LOCK or is_part(path)
-
-
 def sync(folder: pathlib.Path) -> None:
     """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

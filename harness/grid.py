@@ -133,7 +133,7 @@ def table(runs: Sequence[Run], found: dict[str, Result], failed: dict[str, str])
     for run in runs:
         result = found.get(run.name, {})
         state = "ended" if result else failed.get(run.name, "not run yet").replace("|", "/")
-        numbers = [f"{result[name]:.4g}" if name in result else "" for name in COLUMNS]
+        numbers = [f"{result[name]:.4g}" if isinstance(result.get(name), int | float) else "" for name in COLUMNS]
         interval = "{:.3f}-{:.3f}".format(*result["interval"]) if "interval" in result else ""
         rows.append([*run.values.values(), *numbers, interval, state])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -12,7 +12,6 @@ import io
 import json
 import lzma
 import pathlib
-import types
 import typing
 import zipfile
 import zlib
@@ -116,8 +115,8 @@ def match(value: dict[str, typing.Any], where: str, remedy: str = AGAIN) -> None
         raise UsageError(f"{where} does not match its checksum: {remedy}")
 
 
-def match_all(data: bytes, where: str) -> None:
-    """Raises UsageError unless all evaluations of an eval.json, at least one, match their checksums."""
+def match_all(data: bytes, where: str) -> list[dict[str, typing.Any]]:
+    """The evaluations of an eval.json as JSON, at least one. Raises UsageError unless each matches its checksum."""
     try:
         if not (values := json.loads(data)):
             raise ValueError("it holds no evaluation")
@@ -125,49 +124,32 @@ def match_all(data: bytes, where: str) -> None:
             match(value, where)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where} is damaged ({error}): {AGAIN}") from error
+    return values
 
 
-def read(value: typing.Any, where: str) -> Evaluation:
-    """The evaluation of a JSON value.
+def read(data: bytes, where: str) -> list[Evaluation]:
+    """The evaluations of an eval.json that keep their single rollouts (some of the shipped evidence does not).
 
-    Raises UsageError that names the first field that is missing or wrong, or says that the checksum is another.
+    Raises UsageError as `match_all` does, and if one lacks a field or results.
     """
-    fields = _checked(Evaluation, value, where)
-    results = enumerate(fields["results"])
-    fields["results"] = [Result(**_checked(Result, result, f"{where}, result {n},")) for n, result in results]
-    evaluation = Evaluation(**fields)
-    if not len(evaluation.results) == evaluation.n * evaluation.samples > 0:
-        raise UsageError(f"{where} has {len(evaluation.results)} results, not n * samples: measure it again")
-    match(value, where)
-    return evaluation
-
-
-def _checked(kind: type, value: typing.Any, where: str) -> dict[str, typing.Any]:
-    """The fields of a dataclass in a JSON object, their kinds checked. Other fields are ignored."""
-    fields = {}
-    for name, hint in _kinds(kind).items():
-        if not isinstance(value, dict) or name not in value:
-            remedy = "measure it again, or convert an older one with `python -m harness.migrate`"
-            raise UsageError(f"{where} lacks the field {name}: {remedy}")
-        if not isinstance(value[name], hint) or (bool not in hint and isinstance(value[name], bool)):
-            raise UsageError(f"{where} has {json.dumps(value[name])[:60]} in the field {name}: measure it again")
-        fields[name] = value[name]
-    return fields
-
-
-def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
-    """Field -> what `isinstance` accepts of it; a float field may hold a whole number."""
-    found = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        plain = [typing.get_origin(option) or option for option in options]
-        found[name] = (*plain, int) if float in plain else tuple(plain)
-    return found
+    evaluations = []
+    for value in match_all(data, where):
+        if "results" not in value:
+            continue
+        try:
+            fields = {field.name: value[field.name] for field in dataclasses.fields(Evaluation)}
+            results = [Result(**result) for result in fields["results"]]
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"{where} lacks a field ({error}): {AGAIN}") from error
+        if not len(results) == fields["n"] * fields["samples"] > 0:
+            raise UsageError(f"{where} has {len(results)} results, not n * samples: measure it again")
+        evaluations.append(Evaluation(**{**fields, "results": results}))
+    return evaluations
 
 
 def opened(run: pathlib.Path) -> AnyPath:
     """The folder of a run, or its part of the evidence beside it. Raises UsageError if that is damaged."""
-    packed = run.with_name(EVIDENCE)
+    packed = run.resolve().with_name(EVIDENCE)  # "." has no name
     return _unzipped(packed) / f"{run.name}/" if packed.exists() and not run.exists() else run
 
 

@@ -65,7 +65,7 @@ class Workdir:
                         f"{path} holds a run with another configuration ({', '.join(changed)}): "
                         "choose another --workdir, or remove that one"
                     )
-            elif self.path.exists() and not all(map(files.is_ours, self.path.iterdir())):
+            elif self.path.exists() and any(p.name != files.LOCK and not files.is_part(p) for p in self.path.iterdir()):
                 raise UsageError(f"{path} is not empty and holds no run: choose another --workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):

@@ -49,8 +49,9 @@ def test_splits_never_meet_and_problems_are_read_back(domain):
     assert not read & {f"{a}*{b}=" for left, right in splits["heldout"] for a, b in ((left, right), (right, left))}
     for problem in splits["heldout"]:
         assert domain.from_json(domain.to_json(problem)) == problem
-    with pytest.raises(ValueError, match="a problem must be"):
-        domain.from_json({"numbers": [1]})
+    for wrong in ({"numbers": [1]}, {"numbers": 5}, {"numbers": ["1", "2"]}, [1, 2], None):
+        with pytest.raises(ValueError, match="a problem must be"):
+            domain.from_json(wrong)
     with pytest.raises(ValueError, match="widen problems.high"):
         domain.problems("heldout", 10**6)
 

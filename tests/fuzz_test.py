@@ -173,7 +173,7 @@ def problem_files(folder: pathlib.Path) -> Case:
 def traces(folder: pathlib.Path) -> Case:
     domain = build(small()).domain
     rollout = next(r for r in (domain.demonstration("train", 0, i) for i in range(99)) if r.root.spawns)
-    good = json.loads(json.dumps(stored("countdown", domain.facts(), rollout)))
+    good = json.loads(json.dumps(stored("countdown", domain.facts(), rollout, domain.to_json(rollout.problem))))
 
     def case(rng: random.Random) -> object:
         file = folder / "trace.json"

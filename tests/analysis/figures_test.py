@@ -16,7 +16,8 @@ from configs import apr, sweep
 from harness import evaluation, migrate, results, stats
 from harness.build import build
 from harness.cli import UsageError
-from harness.results import Evaluation, Result
+from harness.results import Evaluation, Result, signed
+from harness.workdir import PRETRAINED
 
 LAPTOP = {"count": 3, "low": 1, "high": 20, "target_low": 10, "target_high": 50}
 LIMITS = {"children": 16, "spawns": 16, "depth": 1, "thread_tokens": 4096}
@@ -192,8 +193,16 @@ def test_results_on_different_problems_are_never_mixed(changed, tmp_path):
     assert len(choose.read_results([str(tmp_path / "b")])) == 1
 
 
-FIELDS = [field.name for field in dataclasses.fields(Evaluation)]
+FIELDS = [field.name for field in dataclasses.fields(Evaluation) if field.name != "results"]
 FIELDS += [f"results.{field.name}" for field in dataclasses.fields(Result)]
+
+
+def test_a_summary_without_single_rollouts_is_left_out(tmp_path):
+    write(tmp_path / "a", entry())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "eval.json").write_text(json.dumps([signed(entry("SoS").headline())]))
+    (kept,) = choose.read_results([str(tmp_path)])
+    assert kept.label == "APR" and choose.read_results([str(PRETRAINED.parent / "sosp"), str(PRETRAINED)])
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -202,21 +211,22 @@ def test_a_missing_field_is_named_with_its_file(field, tmp_path):
     *outer, last = field.split(".")
     inner = stored["results"][2] if outer else stored
     del inner[last]
+    (tmp_path / "eval.json").write_text(json.dumps([signed(stored)]))
     with pytest.raises(UsageError) as caught:
-        choose.read_results([write(tmp_path, stored)])
-    assert "eval.json" in str(caught.value) and f"lacks the field {field.removeprefix('results.')}:" in str(caught.value)
-    assert ("result 2" in str(caught.value)) == field.startswith("results.")
+        choose.read_results([str(tmp_path)])
+    assert "eval.json lacks a field" in str(caught.value) and f"'{field.removeprefix('results.')}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[", "is not JSON"),
-        ("7", "must hold a list"),
-        ("[7]", "lacks the field label"),
-        (json.dumps([as_json(entry(accuracy="high"))]), 'has "high" in the field accuracy'),
+        ("[", "is damaged"),
+        ("[]", "holds no evaluation"),
+        ("7", "is damaged"),
+        ("[7]", "is damaged"),
+        (json.dumps([as_json(entry()) | {"accuracy": 1.0}]), "does not match its checksum"),
         (json.dumps([as_json(entry(n=5))]), "has 4 results, not n * samples"),
-        (json.dumps([as_json(entry()) | {"results": [], "n": 0}]), "has 0 results"),
+        (json.dumps([signed(as_json(entry()) | {"results": [], "n": 0})]), "has 0 results"),
     ],
 )
 def test_a_file_that_is_no_evaluation_is_refused(content, words, tmp_path):

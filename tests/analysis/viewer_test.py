@@ -11,10 +11,13 @@ import pytest
 import evaluate
 import solver
 from analysis import figures, timeline, tree, viewer
+from countdown.domain import CountdownDomain
 from countdown.grader import Problem
 from countdown.language import Tokenizer
 from countdown.search import Trace, spawn_block
 from countdown.task import Countdown, record
+from examples import products
+from harness import tasks
 from harness.cli import UsageError
 from harness.show import show_call
 from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
@@ -293,8 +296,21 @@ def test_every_stop_has_words():
 
 
 def write(path, rollout, method="apr"):
-    path.write_text(json.dumps(stored("countdown", {"method": method, "number_limit": 10}, rollout)))
+    facts = {"method": method, "number_limit": 10}
+    path.write_text(json.dumps(stored("countdown", facts, rollout, CountdownDomain.to_json(rollout.problem))))
     return str(path)
+
+
+def test_a_record_of_another_task_is_drawn_too(tmp_path):
+    domain = tasks.part("products", "domain")(products.get_config())
+    rollout = domain.demonstration("train", 0, 0)
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(stored("products", domain.facts(), rollout, domain.to_json(rollout.problem))))
+    trace = viewer.read_trace(str(path))
+    assert trace.rollout == rollout
+    data = viewer.page_data(trace)
+    assert data["problem"] == domain.to_json(rollout.problem) and data["task"] == "Products"
+    assert len(data["threads"]) == 1 + len(rollout.root.spawns[0]) and data["states"] == []
 
 
 def test_a_record_is_read_back_as_it_was(tmp_path):
@@ -338,7 +354,8 @@ BAD = {  # where a trace file is changed, to what, and what is said
 
 @pytest.mark.parametrize(("where", "value", "words"), BAD.values(), ids=BAD)
 def test_a_file_that_is_no_trace_is_refused_in_one_sentence(where, value, words, tmp_path):
-    value_of = json.loads(json.dumps(stored("countdown", {"method": "apr", "number_limit": 10}, hand_built())))
+    write(tmp_path / "trace.json", hand_built())
+    value_of = json.loads((tmp_path / "trace.json").read_text())
     *outer, last = [int(key) if key.isdigit() else key for key in where.split()]
     inner = functools.reduce(lambda part, key: part[key], outer, value_of)
     inner[last] = value

@@ -72,8 +72,7 @@ def test_an_old_run_is_named_as_such_with_the_command_that_converts_it(run):
 def test_a_run_is_converted_once(run, capsys):
     assert migrate.main([str(run)]) == 0
     assert read_config(run) == NEW
-    (entry,) = json.loads((run / "eval.json").read_text())
-    evaluation = read(entry, "eval.json")
+    (evaluation,) = read((run / "eval.json").read_bytes(), "eval.json")
     assert evaluation.budget == "5 children requested, forced to continue 2 times"
     assert evaluation.requested == {"children": 5, "tokens": -1}
     assert evaluation.limits == {"children": 16, "forced_answer_tokens": 0, "min_budget_rounds": 2}
