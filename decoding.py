@@ -111,23 +111,19 @@ def sample(logits_BV: Array, key_B2: Array, number_B: Array, config: SamplerConf
     """
     logp_BV = jax.nn.log_softmax(logits_BV / (config.temperature or 1.0))  # greedy: the model's own
     if config.temperature == 0:
-        ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return ids_B, _pick(logp_BV, ids_B)
-    p_BV = jnp.exp(adjusted_logprobs(logits_BV, config))
-    # Rounding can leave the cumulative sum not quite monotone: ids of probability 0 are excluded explicitly.
-    cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
-    u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
-    ids_B = jnp.argmax(cumulative_BV >= u_B[:, None], axis=-1).astype(jnp.int32)
-    return ids_B, _pick(logp_BV, ids_B)
+        ids_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        p_BV = jnp.exp(adjusted_logprobs(logits_BV, config))
+        # Rounding can leave the cumulative sum not quite monotone: ids of probability 0 are excluded explicitly.
+        cumulative_BV = jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)
+        u_B = jax.vmap(_uniform)(key_B2, number_B) * cumulative_BV.max(axis=-1)
+        ids_B = jnp.argmax(cumulative_BV >= u_B[:, None], axis=-1)
+    return ids_B.astype(jnp.int32), jnp.take_along_axis(logp_BV, ids_B[:, None], axis=-1)[:, 0]
 
 
 def _uniform(key_2: Array, number: Array) -> Array:
     """A number above 0 and at most 1: 0 would choose the first id, however improbable."""
     return 1 - jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), number))
-
-
-def _pick(x_BV: Array, ids_B: Array) -> Array:
-    return jnp.take_along_axis(x_BV, ids_B[:, None], axis=-1)[:, 0]
 
 
 # ------------------------------------------------------------------- device functions (all shapes per device)

@@ -100,7 +100,7 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
 def stored_config(argv: Sequence[str]) -> ConfigDict:
     """The config of the run named by --workdir on the command line, else of the shipped checkpoint."""
     named = re.findall(r"^--?workdir[=\n](.*)", "\n".join(argv), re.MULTILINE)  # absl takes --workdir=X and --workdir X
-    return ConfigDict(read_config(named[-1] if named else PRETRAINED))
+    return ConfigDict(read_config((named and named[-1]) or PRETRAINED))
 
 
 def define_flags() -> None:

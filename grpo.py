@@ -37,14 +37,13 @@ from ml_collections import ConfigDict, config_flags
 
 import records
 from checks import require
-from harness import loop
+from harness import command, loop
 from harness.build import Parts, build, field_errors
 from harness.cli import UsageError, usage_errors
-from harness.evaluation import fingerprint, report
+from harness.evaluation import fingerprint
 from harness.plan import plan
 from harness.processes import launch
 from harness.reference import Reference
-from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, holds_parameters, load_best, read_config
 from objective import ADVANTAGES, AGGREGATES, CREDITS, GrpoConfig, Sizes, Totals, grpo_loss, reward
@@ -78,11 +77,16 @@ def collect(pool: RolloutPool, config: GrpoConfig, params: typing.Any, step: int
     """
     seed = pool.parts.config.seed
     groups: list[list[Rollout]] = []
+    drawn: list[typing.Any] = []
     missing = config.problems
     for _ in range(REFILL_ROUNDS if config.dead_groups == "refill" else 1):
-        drawn = [pool.parts.domain.problem("train", seed, cursor + i) for i in range(missing)]
+        requests = []
+        for number in range(cursor, cursor + missing):
+            problem = pool.parts.domain.problem("train", seed, number)
+            first = config.rollouts * drawn.count(problem)  # a problem that is drawn twice has two different groups
+            requests += [Request(problem, first + index) for index in range(config.rollouts)]
+            drawn.append(problem)
         cursor += missing
-        requests = [Request(problem, index) for problem in drawn for index in range(config.rollouts)]
         rollouts = pool.run(params, config.temperature, requests, (seed, step))
         groups += [rollouts[i : i + config.rollouts] for i in range(0, len(rollouts), config.rollouts)]
         rewards = np.asarray([[reward(rollout, config, step) for rollout in group] for group in groups], np.float64)
@@ -99,21 +103,18 @@ def make_segments(collected: Collected, config: GrpoConfig, length: int) -> list
     """
     trained = [CREDITS[config.credit](rollout) for group in collected.groups for rollout in group]
     # sizes[rollout][thread][call]: ids sampled
-    sizes = [[[len(call.sampled) for call in t.calls if call.sampled] for t in threads] for threads in trained]
-    calls = [sum(map(len, threads)) for threads in sizes]
+    sizes = [[[len(call.sampled) for call in thread.calls] for thread in threads] for threads in trained]
+    calls = [sum(n > 0 for counts in threads for n in counts) for threads in sizes]
     tokens = sum(sum(map(sum, threads)) for threads in sizes)
     totals = Totals(len(trained), sum(calls), tokens, config.rollout_constant)
     weigh = AGGREGATES[config.aggregate]
     pieces = []
     for threads, counts, num_calls, advantage in zip(trained, sizes, calls, collected.advantages.flat, strict=True):
+        active = sum(map(any, counts))
         for thread, ids in zip(threads, counts, strict=True):
-            own = Sizes(0, sum(ids), num_calls, sum(map(bool, counts)))
-            weights = [
-                weigh(own._replace(tokens=len(call.sampled)), totals) if call.sampled else (0.0, 0.0)
-                for call in thread.calls
-            ]
+            weights = [weigh(Sizes(n, sum(ids), num_calls, active), totals) if n else (0.0, 0.0) for n in ids]
             for piece in segments(thread, length):
-                piece.attach(weights, advantage)
+                piece.weights, piece.advantage = weights, advantage
                 pieces.append(piece)
     return pieces
 
@@ -317,30 +318,20 @@ def main(_: list[str]) -> None:
     start = start_from(flags.FLAGS.init, flags.FLAGS.config.suffix)
     with usage_errors():
         parts = prepare(start, flags.FLAGS.config)
-    config = parts.config
     if flags.FLAGS.dry_run:
         print(json.dumps(plan(parts)))
         return
     params, result = load_best(start, parts.param_shapes())
-    workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
-    origin = f"{start} (step {result['step']})"
-    print(f"{config.name}: from {origin}, {config.grpo.steps} steps, in {workdir.path}", flush=True)
-    pool = RolloutPool(parts)
-    if flags.FLAGS.replay:
-        return replay(parts, workdir, Trainer(pool, Reference(params)))
-    train(pool, workdir, params)
-    best, result = load_best(workdir.path, parts.param_shapes())
-    report(pool, best, parts.test_set(), workdir.path, result["step"])
-    return None
+    told = f"from {start} (step {result['step']}), {parts.config.grpo.steps} steps"
+    stage = lambda pool: Trainer(pool, Reference(params))  # noqa: E731
+    command.run(parts, told, stage, lambda pool, workdir: train(pool, workdir, params))
 
 
 def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", "configs/grpo.py", "Recipe, with an optional :preset.")
     flags.DEFINE_string("init", None, "Supervised run to start from (default: APR's of the preset, own or shipped).")
-    flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
-    flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
-    flags.DEFINE_bool("dry_run", False, "Print what the training takes, and end.")
+    command.define_flags()
 
 
 if __name__ == "__main__":

@@ -54,11 +54,7 @@ def leave_one_out(rewards_PG: np.ndarray) -> np.ndarray:
     return centred(rewards_PG) * rewards_PG.shape[1] / (rewards_PG.shape[1] - 1)
 
 
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "std": standardised,
-    "mean": centred,
-    "leave_one_out": leave_one_out,
-}
+ADVANTAGES = {"std": standardised, "mean": centred, "leave_one_out": leave_one_out}
 
 # ------------------------------------------------------------------- KL towards the reference, of d = log ref - log pi
 
@@ -138,12 +134,7 @@ def per_thread(own: Sizes, batch: Totals) -> tuple[float, float]:
     return weight, weight
 
 
-AGGREGATES: dict[str, Callable[[Sizes, Totals], tuple[float, float]]] = {
-    "call": per_call,
-    "token": per_token,
-    "rollout": per_rollout,
-    "thread": per_thread,
-}
+AGGREGATES = {"call": per_call, "token": per_token, "rollout": per_rollout, "thread": per_thread}
 
 # ------------------------------------------------------------------- weight of the structure bonus at a step (from 1)
 
@@ -155,7 +146,8 @@ def always(step: int, steps: int, share: float) -> float:
 
 def alternate(step: int, steps: int, share: float) -> float:
     """1 in a `share` of the steps, evenly spread, else 0: 0.2 is every fifth (Parallel-R1, arXiv 2509.07980)."""
-    return float(math.floor(step * share) > math.floor((step - 1) * share))
+    so_far, before = (math.floor(n * share + 1e-9) for n in (step, step - 1))  # 100 * 0.29 is 28.999...
+    return float(so_far > before)
 
 
 def anneal(step: int, steps: int, share: float) -> float:
@@ -164,11 +156,7 @@ def anneal(step: int, steps: int, share: float) -> float:
 
 
 REWARD = within(0, 1000)  # weights of bonuses and penalties: a reward is finite whatever a rollout did
-SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
-    "always": always,
-    "alternate": alternate,
-    "anneal": anneal,
-}
+SCHEDULES = {"always": always, "alternate": alternate, "anneal": anneal}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,19 +236,14 @@ def structure(costs: dict[str, float], config: GrpoConfig, step: int) -> float:
     return config.structure * weight * (costs["children"] > 0)
 
 
-def penalties(costs: dict[str, float], config: GrpoConfig) -> tuple[float, float]:
-    """`thread_penalty` per child, and `token_penalty` per sampled token beyond `token_budget`."""
-    beyond = max(0.0, costs["total_tokens"] - config.token_budget)
-    return config.thread_penalty * costs["children"], config.token_penalty * beyond
-
-
 def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
     """1 and the bonuses of a correct rollout, `format_reward` of a wrong answer; plus structure, minus penalties."""
     costs, grade = records.metrics(rollout), rollout.grade
-    threads, tokens = penalties(costs, config)
+    penalty = config.thread_penalty * costs["children"]
+    penalty += config.token_penalty * max(0.0, costs["total_tokens"] - config.token_budget)
     right = 1 + acceleration(costs, config) + concurrency(costs, config)
     earned = right if grade.correct else config.format_reward * bool(grade.answer)
-    return earned + structure(costs, config, step) - threads - tokens
+    return earned + structure(costs, config, step) - penalty
 
 
 # ------------------------------------------------------------------- loss

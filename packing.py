@@ -44,10 +44,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from checks import require
 from records import CONTEXT, SPAWN, Call, Thread
 
 Field = typing.Any  # an np.ndarray here, a jax.Array inside a jitted step
@@ -78,27 +79,20 @@ class Segment:
     tokens: list[int]
     positions: list[int]
     until: list[int]
-    sampled: list[bool]
     logprobs: list[float]  # 0 where not sampled
     thread: Thread  # whose it is
     calls: list[int]  # per token the call that sampled it, -1 where not sampled
-    weight: list[float] = dataclasses.field(default_factory=list)  # 1 where sampled unless attached
-    kl_weight: list[float] = dataclasses.field(default_factory=list)  # 0 unless attached
+    weights: Sequence[tuple[float, float]] = ()  # of each call: weight and KL weight of its ids; (): 1 and 0
     advantage: float = 0.0
+    source: tuple[int, int] = (0, 0)  # number of its demonstration, and which piece of it (SFT)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def attach(self, weights: Sequence[tuple[float, float]], advantage: float) -> None:
-        """Sets the advantage, and for each call of the thread (weight, KL weight) of its sampled tokens."""
-        self.weight = [weights[call][0] if call >= 0 else 0.0 for call in self.calls]
-        self.kl_weight = [weights[call][1] if call >= 0 else 0.0 for call in self.calls]
-        self.advantage = advantage
-
 
 def splice(thread: Thread) -> Segment:
     """The thread as one segment, all its calls in the order of time."""
-    segment = Segment([], [], [], [], [], thread, [])
+    segment = Segment([], [], [], [], thread, [])
     memory: list[int] = []  # where in the segment the ids in the thread's memory are
     for number, call in enumerate(thread.calls):
         for gone in memory[call.keep :]:
@@ -116,7 +110,6 @@ def _append(segment: Segment, memory: list[int], ids: list[int], logprobs: list[
     segment.tokens += ids
     segment.positions += range(len(memory), len(memory) + count)
     segment.until += [0] * count  # 0: not known to end yet
-    segment.sampled += [call >= 0] * count
     segment.logprobs += logprobs or [0.0] * count
     segment.calls += [call] * count
     memory += range(start, start + count)
@@ -137,8 +130,7 @@ def segments(thread: Thread, length: int) -> list[Segment]:
     pieces = []
     for number in calls:
         piece = splice(_call_alone(thread, number))
-        if len(piece) > length:
-            raise ValueError(f"a call of {len(piece)} ids does not fit rows of {length}: use longer rows")
+        require(len(piece) <= length, f"a call of {len(piece)} ids does not fit rows of {length}: use longer rows")
         piece.thread, piece.calls = thread, [number if call == 0 else -1 for call in piece.calls]
         pieces.append(piece)
     return pieces
@@ -151,10 +143,7 @@ def _call_alone(thread: Thread, number: int) -> Thread:
     return Thread(thread.path, [Call(0, before[: call.keep] + call.injected, call.sampled, call.logprobs)])
 
 
-Piece = typing.TypeVar("Piece", bound=Sized)  # its length is in tokens
-
-
-def take_row(waiting: list[Piece], length: int) -> list[Piece]:
+def take_row(waiting: list[Segment], length: int) -> list[Segment]:
     """Takes the pieces of one row of `length` tokens out of `waiting`: the first, and those that best fill the rest.
 
     The first piece has waited longest, so none waits for ever. The others are found by subset sum: bit s of
@@ -164,8 +153,7 @@ def take_row(waiting: list[Piece], length: int) -> list[Piece]:
     """
     row = [waiting.pop(0)]
     free = length - len(row[0])
-    if free < 0:
-        raise ValueError(f"a segment of {len(row[0])} tokens does not fit rows of {length}")
+    require(free >= 0, f"a segment of {len(row[0])} tokens does not fit rows of {length}")
     sums, mask = [1], (2 << free) - 1
     for piece in waiting:
         sums.append((sums[-1] | sums[-1] << len(piece)) & mask)
@@ -177,7 +165,7 @@ def take_row(waiting: list[Piece], length: int) -> list[Piece]:
     return row
 
 
-def pack(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
+def pack(pieces: Iterable[Segment], length: int) -> list[list[Segment]]:
     """Rows of every piece, longest first. Raises ValueError if a piece is longer than a row."""
     waiting = sorted(pieces, key=len, reverse=True)
     rows = []
@@ -186,7 +174,7 @@ def pack(pieces: Iterable[Piece], length: int) -> list[list[Piece]]:
     return rows
 
 
-def places(rows: Sequence[Sequence[Piece]]) -> Iterable[tuple[int, slice, Piece]]:
+def places(rows: Sequence[Sequence[Segment]]) -> Iterable[tuple[int, slice, Segment]]:
     """(row, columns, piece) of every piece: they lie one after another from the first column of their row."""
     for row, pieces in enumerate(rows):
         stop = 0
@@ -205,9 +193,10 @@ def lay_out(rows: Sequence[Sequence[Segment]], length: int) -> TokenBatch:
         batch.tokens[row, span] = segment.tokens
         batch.positions[row, span] = segment.positions
         batch.until[row, span] = np.asarray(segment.until, np.int32) + span.start
-        batch.sampled[row, span] = segment.sampled
-        batch.weight[row, span] = segment.weight or segment.sampled
-        batch.kl_weight[row, span] = segment.kl_weight or 0.0
+        calls = np.asarray(segment.calls)
+        batch.sampled[row, span] = batch.weight[row, span] = calls >= 0
+        if segment.weights:
+            batch.weight[row, span], batch.kl_weight[row, span] = np.asarray([*segment.weights, (0, 0)])[calls].T
         batch.advantage[row, span] = segment.advantage * batch.sampled[row, span]
         batch.old_logp[row, span] = segment.logprobs
     return batch

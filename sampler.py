@@ -54,6 +54,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from checks import require
 from decoding import DECODE_COLUMNS, PREFILL_COLUMNS, REFILL_ONE_IN, ROWS, Cache, SamplerConfig, compiled
 from model import Decoder
 from protocols import Completion, PrefillRequest
@@ -179,19 +180,14 @@ class Sampler:
         self.counters["host_seconds"] += time.perf_counter() - begin - (self.counters["prefill_seconds"] - device)
 
     def _check(self, fill: PrefillRequest) -> None:
-        if not 0 <= fill.row < self.rows:
-            raise ValueError(f"there is no row {fill.row} of {self.rows}")
-        length = len(self._rows[fill.row].ids)
-        if not 0 <= fill.keep <= length:
-            raise ValueError(f"row {fill.row} has {length} ids and cannot keep {fill.keep}")
-        if self._rows[fill.row].max_new_tokens:
-            raise ValueError(f"row {fill.row} has not stopped yet")
-        if not fill.ids or fill.max_new_tokens < 1:
-            raise ValueError(
-                f"a fill needs ids ({len(fill.ids)} given) and a limit of at least 1, not {fill.max_new_tokens}"
-            )
-        if fill.keep + len(fill.ids) >= self.context:
-            raise ValueError(f"{fill.keep} + {len(fill.ids)} ids leave no room to draw in a context of {self.context}")
+        require(0 <= fill.row < self.rows, f"there is no row {fill.row} of {self.rows}")
+        row, new = self._rows[fill.row], len(fill.ids)
+        require(0 <= fill.keep <= len(row.ids), f"row {fill.row} has {len(row.ids)} ids and cannot keep {fill.keep}")
+        require(not row.max_new_tokens, f"row {fill.row} has not stopped yet")
+        limit = fill.max_new_tokens
+        require(new > 0 and limit >= 1, f"a fill needs ids ({new} given) and a limit of at least 1, not {limit}")
+        fits = fill.keep + new < self.context
+        require(fits, f"{fill.keep} + {new} ids leave no room to draw in a context of {self.context}")
 
     def _uncached(self, number: int) -> int:
         return len(self._rows[number].ids) - 1 - self._rows[number].cached
@@ -202,12 +198,15 @@ class Sampler:
     def _group(self, waiting: list[int]) -> tuple[list[int], int, int]:
         """Rows to feed in one call, how many that call takes per device, and how many ids of each."""
         length = min(map(self._chunk, waiting))
-        alike = [number for number in waiting if self._chunk(number) == length]
-        alike.sort(key=lambda number: self._rows[number].cached)
-        devices = [[n for n in alike if n // self.per_device == device] for device in range(self.devices)]
+        devices = self._by_device([number for number in waiting if self._chunk(number) == length])
         sizes = self.buckets.prefill_rows
         size = max([size for size in sizes if size <= max(map(len, devices))] or sizes[:1])
         return [number for rows in devices for number in rows[:size]], size, length
+
+    def _by_device(self, numbers: list[int]) -> list[list[int]]:
+        """Rows parted by their device, each part sorted by length."""
+        numbers = sorted(numbers, key=lambda number: self._rows[number].cached)
+        return [[n for n in numbers if n // self.per_device == device] for device in range(self.devices)]
 
     def _feed(self, numbers: list[int], size: int, length: int) -> None:
         """A chunk of each row goes through the model and into the history."""
@@ -266,10 +265,7 @@ class Sampler:
 
     def _groups(self, active: list[int]) -> Iterator[tuple[list[int], int, int]]:
         """Rows to decode in one call, how many that call takes per device, and how many slots it views."""
-        devices = [
-            sorted((n for n in active if n // self.per_device == device), key=lambda n: self._rows[n].cached)
-            for device in range(self.devices)
-        ]
+        devices = self._by_device(active)
         while left := [rows for rows in devices if rows]:
             slots = _fit(self.buckets.slots, max(self._rows[rows[-1]].cached for rows in left))
             group = [rows[-self._rows_per_call(slots) :] for rows in left]

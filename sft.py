@@ -20,7 +20,6 @@ over-long calls; see `packing.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import typing
@@ -30,17 +29,15 @@ from absl import flags
 from jax import Array
 from ml_collections import config_flags
 
-from harness import loop
+from harness import command, loop
 from harness.build import Parts, build
 from harness.cli import usage_errors
-from harness.evaluation import report
 from harness.feeding import Feeder, make
 from harness.plan import plan
 from harness.processes import launch
-from harness.replay import replay
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best
-from packing import Segment, TokenBatch, lay_out, take_row, to_microbatches
+from packing import TokenBatch, lay_out, take_row, to_microbatches
 from train_state import LossFn, TokenStats, TrainState, make_train_step, state_from_key, state_from_params
 
 MAX_CONSECUTIVE_OVERLONG = 1000  # demonstrations in a row that may be too long before the config is called hopeless
@@ -50,18 +47,6 @@ LOOK_AHEAD = 256  # segments that wait to be packed: enough to leave almost no t
 def sft_loss(out: TokenStats, batch: TokenBatch) -> tuple[Array, dict[str, Array]]:
     """Negative log-likelihood of the sampled ids, [R, T]; `batch.weight` is 1 / (sampled ids of the whole batch)."""
     return -batch.weight * out.logp, {}
-
-
-@dataclasses.dataclass
-class Waiting:
-    """A segment that waits for room, and where it comes from: piece number `piece` of demonstration `index`."""
-
-    index: int
-    piece: int
-    segment: Segment
-
-    def __len__(self) -> int:
-        return len(self.segment)
 
 
 class DemonstrationStream:
@@ -83,14 +68,14 @@ class DemonstrationStream:
         self.overlong: int = cursor["overlong"] if cursor else 0
         places = cursor["waiting"] if cursor else []
         pieces = {index: make(parts.domain, parts.config, index)[0] for index in {index for index, _ in places}}
-        self._waiting = [Waiting(index, piece, pieces[index][piece]) for index, piece in places]
+        self._waiting = [pieces[index][piece] for index, piece in places]
         self._feeder = Feeder(parts.domain, parts.config, self.drawn, feeders)
         self._refill()
 
     @property
     def cursor(self) -> dict[str, typing.Any]:
         """Demonstrations drawn, how many of them overran the context, and the (index, piece) of what waits, as JSON."""
-        places = [[waiting.index, waiting.piece] for waiting in self._waiting]
+        places = [[*segment.source] for segment in self._waiting]
         return {"drawn": self.drawn, "overlong": self.overlong, "waiting": places}
 
     def _refill(self) -> None:
@@ -98,7 +83,7 @@ class DemonstrationStream:
         lost = 0
         while len(self._waiting) < LOOK_AHEAD:
             segments, too_long = self._feeder.next()
-            self._waiting += [Waiting(self.drawn, piece, segment) for piece, segment in enumerate(segments)]
+            self._waiting += segments
             self.drawn, self.overlong = self.drawn + 1, self.overlong + too_long
             lost = 0 if segments else lost + 1
             if lost == MAX_CONSECUTIVE_OVERLONG:
@@ -112,7 +97,7 @@ class DemonstrationStream:
             rows.append(take_row(self._waiting, self.context))
             self._refill()
         self.used = sum(map(len, itertools.chain(*rows))) / (count * self.context)
-        batch = lay_out([[waiting.segment for waiting in row] for row in rows], self.context)
+        batch = lay_out(rows, self.context)
         return to_microbatches(batch._replace(weight=batch.weight / batch.sampled.sum()), self._micro_rows)
 
 
@@ -181,24 +166,14 @@ def main(_: list[str]) -> None:
             return
         DemonstrationStream(parts)  # raises where no demonstration fits
     start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
-    workdir = Workdir(flags.FLAGS.workdir or f"runs/{config.name}", config)
-    size = f"{parts.parameter_count() / 1e6:.2f}M parameters"
-    print(f"{config.name}: {size}, {config.optimizer.steps} steps, in {workdir.path}", flush=True)
-    if flags.FLAGS.replay:
-        return replay(parts, workdir, Imitation(parts))
-    pool = RolloutPool(parts)
-    train(pool, workdir, start_params)
-    params, result = load_best(workdir.path, parts.param_shapes())
-    report(pool, params, parts.test_set(), workdir.path, result["step"])
-    return None
+    told = f"{parts.parameter_count() / 1e6:.2f}M parameters, {config.optimizer.steps} steps"
+    command.run(parts, told, lambda _: Imitation(parts), lambda pool, workdir: train(pool, workdir, start_params))
 
 
 def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", "configs/apr.py", "Recipe, with an optional :preset.")
-    flags.DEFINE_string("workdir", None, "Where the run lives (default: runs/<config name>).")
-    flags.DEFINE_bool("replay", False, "Run the step again at which the run stopped, alone.")
-    flags.DEFINE_bool("dry_run", False, "Print what the training takes, and end.")
+    command.define_flags()
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def demonstration(
     stated = rng.random() < config.budget_fraction
     low = config.beam_low if stated else config.beam_low_without_budget
     trace = demonstrate(drawn, dataclasses.replace(config, beam_low=low), rng)
-    children_budget = token_budget = None
+    children_budget = token_budget = -1
     if stated:
         if config.method == "apr":
             children_budget = trace.width()

@@ -147,14 +147,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """Mesh over ("data", "fsdp", "tensor"); data = -1 takes what the others leave. ValueError if too large."""
     count, others = jax.device_count(), fsdp * tensor
-    asked = f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} devices"
-    if fsdp < 1 or tensor < 1 or (data == -1 and count % others):
-        raise ValueError(asked)
-    data = count // others if data == -1 else data
-    if data < 1 or data * others > count:
-        raise ValueError(asked)
-    devices = np.asarray(jax.devices()[: data * others]).reshape(data, fsdp, tensor)
-    return Mesh(devices, ("data", "fsdp", "tensor"))
+    fits = min(fsdp, tensor) >= 1 and (count % others == 0 if data == -1 else 1 <= data <= count // others)
+    require(fits, f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} devices")
+    devices = np.asarray(jax.devices()[: count if data == -1 else data * others])
+    return Mesh(devices.reshape(-1, fsdp, tensor), ("data", "fsdp", "tensor"))
 
 
 def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: typing.Any) -> TrainState:

@@ -36,10 +36,8 @@ class CountdownDomain(Domain):
         require(nests, f"demonstrator.depth={depth} nests deeper than limits.depth={most}: raise limits.depth")
         both = depth > 1 and config.threads.inherit_context
         require(not both, f"threads.inherit_context hides a child's level: demonstrator.depth must be 1, not {depth}")
-        self.children, self.tokens = (
-            None if value == -1 else value for value in (config.budget.children, config.budget.tokens)
-        )
-        both = self.children is not None and self.tokens is not None
+        self.children, self.tokens = config.budget.children, config.budget.tokens
+        both = self.children != -1 and self.tokens != -1
         require(not both, f"budget.children={self.children} and budget.tokens={self.tokens}: ask for one")
         self.demo_task = Countdown(self.language, self.demonstrator.method, **config.threads)
         self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
@@ -92,15 +90,15 @@ class CountdownDomain(Domain):
 
     def requested(self) -> str:
         """The budget that prompts state."""
-        if self.children is not None:
+        if self.children >= 0:
             return f"{self.children} children requested"
-        return "" if self.tokens is None else f"{self.tokens} tokens requested"
+        return "" if self.tokens < 0 else f"{self.tokens} tokens requested"
 
     def usage(self, rollouts: Sequence[Rollout]) -> tuple[list[int], int, int] | None:
         """Children started, or the longest context without the line that states the budget."""
-        if self.children is not None:
+        if self.children >= 0:
             return [len(rollout.threads()) - 1 for rollout in rollouts], self.children, self.children
-        if self.tokens is None:
+        if self.tokens < 0:
             return None
         line = len(self.language.encode(self.task.root_prefix))  # does not count in demonstrations either
         used = [longest_context(rollout.root) - line for rollout in rollouts]
@@ -117,10 +115,9 @@ class CountdownDomain(Domain):
             for index, problem in enumerate(problems):
                 trace = solver.demonstrate(problem, config, random.Random(f"demonstrator {beam} {index}"))
                 rollouts.append(record(problem, trace, self.task))
-            solved = [rollout.grade.correct for rollout in rollouts]
-            fits = [longest_context(rollout.root) <= context for rollout in rollouts]
-            both = sum(right and fit for right, fit in zip(solved, fits, strict=True))
+            solved = [rollout for rollout in rollouts if rollout.grade.correct]
+            fitting = [rollout for rollout in solved if longest_context(rollout.root) <= context]
+            shares = {"accuracy": len(fitting) / len(rollouts), "solved": len(solved) / len(rollouts)}
             means = mean_costs(rollouts, ("children", "total_tokens"))
-            shares = {"accuracy": both / len(rollouts), "solved": sum(solved) / len(rollouts)}
             entries.append({"beam": beam, **shares, **means})
         return entries

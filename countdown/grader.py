@@ -39,16 +39,6 @@ class Problem:
 _STEP = re.compile(f"({NUMBER})([-+*/])({NUMBER})=({NUMBER})")
 
 
-def _step_error(a: int, sign: str, b: int, result: int) -> str:
-    """What is wrong with the arithmetic of a step; "" if it is right."""
-    if sign == "/" and b == 0:
-        return "division by zero"
-    if sign == "/" and a % b:
-        return "division not exact"
-    exact = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a // b
-    return "" if exact == result else "wrong arithmetic"
-
-
 def replay(problem: Problem, steps: Sequence[str]) -> tuple[list[int], str]:
     """The numbers left after steps such as "53-31=22", and what is wrong with the first wrong step ("" if none is)."""
     available = list(problem.numbers)
@@ -61,8 +51,10 @@ def replay(problem: Problem, steps: Sequence[str]) -> tuple[list[int], str]:
             if operand not in available:
                 return available, f"{short(operand)} is not available"
             available.remove(operand)
-        if error := _step_error(a, sign, b, result):
-            return available, f"{error}: {short(step)}"
+        if sign == "/" and (b == 0 or a % b):
+            return available, f"{'division not exact' if b else 'division by zero'}: {short(step)}"
+        if {"+": a + b, "-": a - b, "*": a * b, "/": a // (b or 1)}[sign] != result:
+            return available, f"wrong arithmetic: {short(step)}"
         available.append(result)
     return available, ""
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 MAX_NUMBER_LIMIT = 100_000
 PAD_ID = 0  # fills rows; decodes to nothing
@@ -194,9 +194,3 @@ def parse(text: str) -> list[Line]:
         lines.append(Line(kind, **values))  # type: ignore[arg-type]
         offset = match.end()
     return lines
-
-
-def render(lines: Sequence[Line]) -> str:
-    """Text of a trace: the inverse of `parse`."""
-    fields = [{**vars(line), "numbers": list(line.numbers), "operations": list(line.operations)} for line in lines]
-    return "".join(TEMPLATES[line.kind].format(**values) for line, values in zip(lines, fields, strict=True))

@@ -27,21 +27,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import records
-from checks import Checked, one_of, require
+from checks import Checked, at_least, one_of
 from countdown.grader import Problem, grade_steps
-from countdown.language import (
-    CALL_TEXT,
-    END_ID,
-    FIELDS,
-    GOAL_TEXT,
-    NUMBER,
-    OPERATION,
-    SPAWN_TEXT,
-    Tokenizer,
-    parse,
-    render,
-    short,
-)
+from countdown.language import CALL_TEXT, END_ID, FIELDS, GOAL_TEXT, SPAWN_TEXT, Tokenizer, parse, short
 from countdown.search import Node, Trace, spawn_block, state_line
 from protocols import MalformedSpawn, Spawn
 from records import Call, Grade, Rollout, Thread
@@ -54,11 +42,11 @@ _MOVE = re.compile(f"Moving to Node #({FIELDS['node']})\n")
 # What a thread's text says of nodes: the operations of the current state, and the children generated from it.
 _KNOWN = re.compile(
     f"Current State: [^\n]*, Operations: (?P<operations>{FIELDS['operations']})\n"
-    f"|^Generated Node #(?P<node>{FIELDS['node']}): (?P<state>{NUMBER}:{FIELDS['numbers']})"
-    f" Operation: (?P<operation>{OPERATION})\n",
+    f"|^Generated Node #(?P<node>{FIELDS['node']}): (?P<state>{FIELDS['number']}:{FIELDS['numbers']})"
+    f" Operation: (?P<operation>{FIELDS['operation']})\n",
     re.MULTILINE,
 )
-_EXITS = re.compile(f"(?:Exit Sub Search at level {NUMBER}\n)*")  # all that may follow the last goal
+_EXITS = re.compile(f"(?:Exit Sub Search at level {FIELDS['level']}\n)*")  # all that may follow the last goal
 _PATH_KINDS = {"move", "state", "explore", "generate", "goal"}
 
 
@@ -94,39 +82,24 @@ class Countdown(Checked):
     method: Annotated[str, one_of(*METHODS)]
     child_returns: Annotated[str, one_of(*JOINS)] = "path"  # the path that it found, or "text": all that it wrote
     inherit_context: bool = False  # a child sees what its parent saw before the spawn
-    children_budget: int | None = None  # children asked for
-    token_budget: int | None = None  # tokens asked for
-
-    def check(self) -> None:
-        """Checks the budgets."""
-        for name in ("children_budget", "token_budget"):
-            budget = getattr(self, name)
-            require(budget is None or budget >= 0, f"{name} must not be negative, it is {budget}")
-
-    @property
-    def end_id(self) -> int:
-        """Id that ends a thread."""
-        return END_ID
+    children_budget: Annotated[int, at_least(-1)] = -1  # children asked for
+    token_budget: Annotated[int, at_least(-1)] = -1  # tokens asked for
+    end_id = END_ID
 
     @functools.cached_property
     def spawn_id(self) -> int:
         """Id that ends a spawn block."""
         return self.tokenizer.id(SPAWN_TEXT)
 
-    @functools.cached_property
-    def call_id(self) -> int:
-        """Id that starts a spawn block."""
-        return self.tokenizer.id(CALL_TEXT)
-
     @property
     def child_prefix(self) -> str:
         """Budget line of a child's prompt."""
-        return "" if self.token_budget is None else f"Token Budget: {self.token_budget} "
+        return "" if self.token_budget < 0 else f"Token Budget: {self.token_budget} "
 
     @property
     def root_prefix(self) -> str:
         """Budget line of the root's prompt."""
-        children = "" if self.children_budget is None else f"Sub Call Budget: {self.children_budget} "
+        children = "" if self.children_budget < 0 else f"Sub Call Budget: {self.children_budget} "
         return self.child_prefix or children
 
     def prompt(self, problem: Problem) -> list[int]:
@@ -135,7 +108,8 @@ class Countdown(Checked):
 
     def spawn(self, ids: Sequence[int]) -> Spawn:
         """Reads the spawn block that ends `ids`; raises MalformedSpawn saying what is wrong with it."""
-        start = next((i for i in reversed(range(len(ids))) if ids[i] == self.call_id), None)
+        call_id = self.tokenizer.id(CALL_TEXT)
+        start = next((i for i in reversed(range(len(ids))) if ids[i] == call_id), None)
         if start is None:
             raise MalformedSpawn(f"no {CALL_TEXT.strip()} before {SPAWN_TEXT.strip()}")
         before, block = self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:])
@@ -148,14 +122,9 @@ class Countdown(Checked):
                 raise MalformedSpawn(f"node #{short(node)} was never generated")
             if node in nodes[:i]:
                 raise MalformedSpawn(f"node #{short(node)} is named twice")
-        prompts = [f"Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
-        return Spawn(start, [self.child_prompt(ids[:start], prompt) for prompt in prompts])
-
-    def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
-        """Ids a child is given: its first lines, after its parent's context if it inherits that."""
-        if self.inherit_context:
-            return [*context, *self.tokenizer.encode(prompt)]
-        return self.tokenizer.encode(self.child_prefix + prompt)
+        given, prefix = (ids[:start], "") if self.inherit_context else ((), self.child_prefix)
+        first_lines = [f"{prefix}Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
+        return Spawn(start, [[*given, *self.tokenizer.encode(lines)] for lines in first_lines])
 
     def _spawned(self, before: str, block: str) -> list[str]:
         """Nodes that a well-formed spawn block names; raises MalformedSpawn.
@@ -166,7 +135,7 @@ class Countdown(Checked):
         if not nodes:
             raise MalformedSpawn("the spawn block names no node")
         own = _MOVE.search(before)
-        level = re.search(f" at level ({NUMBER})>", block)
+        level = re.search(f" at level ({FIELDS['level']})>", block)
         is_child = own is not None and own[1] != "0" and level is not None and level[1] not in "01"
         due = spawn_block(nodes, int(level[1]) if level is not None and is_child else 1)
         for line, expected in itertools.zip_longest(block.splitlines(), due.splitlines()):
@@ -208,7 +177,7 @@ class Countdown(Checked):
             lines = parse(parts[1] + GOAL_TEXT)
         except ValueError:
             return ""
-        return render(lines) if {line.kind for line in lines} <= _PATH_KINDS else ""
+        return parts[1] + GOAL_TEXT if {line.kind for line in lines} <= _PATH_KINDS else ""
 
     def force_answer(self, problem: Problem, ids: Sequence[int]) -> tuple[int, list[int]]:
         """Makes a root answer: claims the goal after its last whole line, or where it was claimed before.
@@ -264,7 +233,6 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
         """The thread of a trace and, below it, its children."""
         result = Thread(path)
         keep, injected = 0, prompt
-        context: list[int] = []
         for i, text in enumerate(trace.calls):
             call = Call(keep, injected, task.tokenizer.encode(text))
             result.calls.append(call)
@@ -272,11 +240,9 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
                 call.sampled.append(task.end_id)
                 continue
             call.stop = records.SPAWN
-            context = context[:keep] + injected + call.sampled
-            keep = len(context) - 1 - context[::-1].index(task.call_id)
-            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
-            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
-            injected = task.join(result.spawns[-1])
+            spawn = task.spawn(result.ids())
+            result.spawns.append([thread(c, spawn.prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
+            keep, injected = spawn.start, task.join(result.spawns[-1])
         return result
 
     root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())

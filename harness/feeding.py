@@ -32,7 +32,7 @@ from records import Thread, longest_context
 
 AHEAD = 16  # demonstrations that one worker may be ahead
 ROOT = pathlib.Path(__file__).parents[1]
-COMPACT = {"tokens": np.int32, "positions": np.int32, "until": np.int32, "sampled": np.bool_}
+COMPACT = {"tokens": np.int32, "positions": np.int32, "until": np.int32, "calls": np.int32}
 Made = tuple[list[Segment], bool]  # segments of a demonstration, and whether it overran the context
 
 
@@ -45,7 +45,10 @@ def make(domain: Domain, config: ConfigDict, index: int) -> Made:
             return [], True
         for thread in rollout.threads():
             packing.cut(thread, context)
-    return [piece for thread in rollout.threads() for piece in packing.segments(thread, context)], too_long
+    pieces = [piece for thread in rollout.threads() for piece in packing.segments(thread, context)]
+    for number, piece in enumerate(pieces):
+        piece.source = index, number
+    return pieces, too_long
 
 
 class Feeder:
@@ -99,7 +102,7 @@ class _Worker:
 def compact(segment: Segment) -> Segment:
     """A segment with arrays for lists and without its thread: what training reads, quick to send and to lay out."""
     arrays: dict[str, typing.Any] = {name: np.asarray(getattr(segment, name), kind) for name, kind in COMPACT.items()}
-    return dataclasses.replace(segment, **arrays, logprobs=[0.0], calls=[], thread=Thread(segment.thread.path))
+    return dataclasses.replace(segment, **arrays, logprobs=[0.0], thread=Thread(segment.thread.path))
 
 
 def serve(config: ConfigDict, first: int, stride: int, output: typing.IO[bytes]) -> None:

@@ -30,7 +30,7 @@ import solver
 from analysis import choose, viewer
 from configs import apr
 from countdown.grader import Problem, grade_path
-from countdown.language import Tokenizer, parse, render
+from countdown.language import Tokenizer, parse
 from countdown.task import Countdown, record
 from harness import grid, huggingface, results
 from harness.build import build
@@ -38,6 +38,7 @@ from harness.cli import UsageError, _config_errors, usage_errors
 from harness.workdir import read_config
 from protocols import MalformedSpawn
 from records import Call, Thread, stored
+from tests.countdown.language_test import render
 from train_state import init_params
 
 SECONDS = 20.0  # most of one case, on a busy machine

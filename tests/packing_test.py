@@ -151,8 +151,8 @@ def test_a_thread_is_one_segment_if_it_fits_and_one_per_call_if_not() -> None:
     (whole,) = segments(parent(), 9)
     assert len(whole) == 9 and whole.calls == [-1, -1, 0, 0, 0, 0, -1, -1, 1]
     first, second = segments(parent(), 8)
-    assert (first.tokens, first.sampled) == ([P, P, L, L, S, S], [False] * 2 + [True] * 4)
-    assert (second.tokens, second.sampled) == ([P, P, L, L, J, J, R], [False] * 6 + [True])
+    assert (first.tokens, first.calls) == ([P, P, L, L, S, S], [-1] * 2 + [0] * 4)
+    assert (second.tokens, second.calls) == ([P, P, L, L, J, J, R], [-1] * 6 + [1])
     assert (first.until, second.until) == ([6] * 6, [7] * 7)
     with pytest.raises(ValueError, match="a call of 7 ids does not fit rows of 6"):
         segments(parent(), 6)
@@ -161,7 +161,7 @@ def test_a_thread_is_one_segment_if_it_fits_and_one_per_call_if_not() -> None:
 def test_a_call_that_sampled_nothing_needs_no_room() -> None:
     """A join, or a child's prompt, that fills the context ends the thread there: no id of it is to be trained on."""
     joined = Thread((), [Call(0, [P, P], [L, S], stop=records.SPAWN), Call(3, [J] * 9, stop=records.CONTEXT)])
-    assert [(piece.tokens, sum(piece.sampled), piece.until) for piece in segments(joined, 8)] == [
+    assert [(piece.tokens, sum(call >= 0 for call in piece.calls), piece.until) for piece in segments(joined, 8)] == [
         ([P, P, L, S], 2, [4] * 4)
     ]
     assert segments(joined, 8)[0].thread is joined
@@ -227,7 +227,7 @@ def test_pack_refuses_a_segment_that_fits_no_row() -> None:
 
 def test_what_is_attached_to_a_segment_lies_on_its_sampled_ids() -> None:
     segment = splice(parent())
-    segment.attach([(0.5, 0.25), (2.0, 1.0)], -3.0)
+    segment.weights, segment.advantage = [(0.5, 0.25), (2.0, 1.0)], -3.0
     batch = lay_out([[piece(2), segment]], 12)
     assert batch.weight[0].tolist() == [0, 1, 0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0, 2, 0]
     assert batch.kl_weight[0].tolist() == [0, 0, 0, 0, 0.25, 0.25, 0.25, 0.25, 0, 0, 1, 0]

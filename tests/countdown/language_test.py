@@ -9,11 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from countdown import language
-from countdown.language import END_ID, PAD_ID, PHRASES, TEMPLATES, Line, Tokenizer, parse, render
+from countdown.language import END_ID, PAD_ID, PHRASES, TEMPLATES, Line, Tokenizer, parse
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 LEAF = "Exploring Operation: 5-4=1, Resulting Numbers: [1]\n1,12 unequal: No Solution\n"
 LIMITS = (10, 100, 512, 1000)
+
+
+def render(lines):
+    """Text of a trace: the inverse of `parse`."""
+    fields = [{**vars(line), "numbers": list(line.numbers), "operations": list(line.operations)} for line in lines]
+    return "".join(TEMPLATES[line.kind].format(**values) for line, values in zip(lines, fields, strict=True))
 
 
 def texts_of(trace):

@@ -14,11 +14,12 @@ import pytest
 import solver
 from countdown import search
 from countdown.grader import Problem, grade_steps
-from countdown.language import GOAL_TEXT, Tokenizer, parse, render
+from countdown.language import GOAL_TEXT, Tokenizer, parse
 from countdown.states import nearness
 from countdown.task import Countdown
 from records import Call
 from solver import DemonstratorConfig, ProblemRange, demonstrate, problem
+from tests.countdown.language_test import render
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAPER = ProblemRange(4, 1, 99, 10, 100)

@@ -271,8 +271,8 @@ def test_budgets_are_prefixes():
     written = TOKENIZER.encode(f"24,24{GOAL_TEXT}{CHILD_PATH}")
     child = Thread((0, 0), [Call(0, budget.spawn(ids).prompts[0], [*written, 1])])
     assert CHILD_PATH in TOKENIZER.decode(budget.join([child]))
-    with pytest.raises(ValueError, match="children_budget must not be negative, it is -1"):
-        Countdown(TOKENIZER, "apr", children_budget=-1)
+    with pytest.raises(ValueError, match="children_budget=-2 must be at least -1"):
+        Countdown(TOKENIZER, "apr", children_budget=-2)
     with pytest.raises(ValueError, match="method='bfs' must be one of direct, sos, sosp, apr"):
         Countdown(TOKENIZER, "bfs")
 
