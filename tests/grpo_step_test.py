@@ -66,7 +66,12 @@ def only_group_one_differs(group: int, rollout: int) -> bool:
 def test_a_problem_that_is_drawn_twice_has_two_different_groups():
     pool, asked = Recorded(first_is_right, grpo__dead_groups="refill"), []
     pool.parts.domain.problem = lambda split, seed, index: "bca"[index % 3 if index < 2 else 0]
-    pool.run = lambda params, temperature, requests, seed: asked.extend(requests) or Recorded.run(pool, params, 1, requests, seed)
+
+    def run(params, temperature, requests, seed):
+        asked.extend(requests)
+        return Recorded.run(pool, params, temperature, requests, seed)
+
+    pool.run = run
     collected, cursor = grpo.collect(pool, GrpoConfig(**pool.parts.config.grpo), None, 1, 0)
     assert len(set(asked)) == len(asked) == 2 * cursor
     assert [(r.problem, r.index) for r in asked[:6]] == [("b", 0), ("b", 1), ("c", 0), ("c", 1), ("b", 2), ("b", 3)]
