@@ -31,7 +31,9 @@ class Budgets(NamedTuple):
 
 BUDGETS = {
     "smoke": Budgets(children=(0, 2), tokens=(512,), cuts=(64,)),
-    "laptop": Budgets(children=(0, 2, 3, 4, 5), tokens=(192, 256, 320, 384, 512), cuts=(128, 192, 256, 320, 384)),
+    "laptop": Budgets(
+        children=(0, 2, 3, 4, 5, 6, 8), tokens=(192, 256, 320, 384, 512), cuts=(192, 256, 320), min_budget_rounds=(1,)
+    ),
     # A rollout of APR takes seven times the tokens of laptop's, four times those of SoS+: samples of equal cost.
     "desktop": Budgets(
         children=(0, 2, 3, 5),
