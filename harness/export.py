@@ -6,8 +6,7 @@
     python -m harness.export --workdir=runs/apr-1 --output=pretrained/evidence.zip    # config, log and evaluation alone
 
   1. Read the run's config and its best parameters.
-  2. Write them as `harness.huggingface.save` says, whole or not at all.
-  3. Read the folder again, which compares every parameter with what was meant.
+  2. Write them as `harness.huggingface.save` says: whole and read back, or not at all.
 
 `evaluate.py --workdir`, `--init` and sweeps take the folder in place of the run.
 """
@@ -43,8 +42,8 @@ def main(_: list[str]) -> None:
         config = ConfigDict(recipe)
         config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))  # wherever it was trained, one device will do
         parts = build(config)
-    like, task = parts.param_shapes(), parts.domain.task
-    params, result = load_best(args.workdir, like)
+    task = parts.domain.task
+    params, result = load_best(args.workdir, parts.param_shapes())
     files = huggingface.save(
         args.output,
         params,
@@ -56,7 +55,6 @@ def main(_: list[str]) -> None:
         args.shard_mb and args.shard_mb * 1_000_000,
         pathlib.Path(args.workdir),
     )
-    huggingface.load(args.output, like)  # raises unless every parameter comes back
     print(f"{args.workdir} (step {result['step']}): {parts.parameter_count():,} parameters as {args.dtype}")
     for name, size in files.items():
         print(f"  {size:>12,} bytes  {name}")

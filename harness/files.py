@@ -1,8 +1,8 @@
 """Files that are whole: replaced at once, held to checksums, in a folder that one run at a time may write. No JAX.
 
 A signed folder holds `checksums.json`: the SHA-256 of every other file in it, written last. So a bit that flipped,
-a file that was cut, one that is missing and one that was added are all found before anything is read. The texts of an
-exported model are held to what the header of its arrays says of them.
+a file that was cut, one that is missing and one that was added are all found before anything is read. To the folder
+of an exported model, files may be added: an evaluation, a page about it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import pathlib
 import re
 import typing
 
-import safetensors
-
-from harness.cli import UsageError
+from harness.cli import UsageError, one_line
 
 REMEDY = "copy the folder again, or write it again with `python -m harness.export`"  # of an exported model
 CHECKSUMS, LOCK, PART = "checksums.json", ".lock", ".part"
@@ -64,61 +62,40 @@ def _checksums(folder: pathlib.Path, settle: bool = False) -> dict[str, str]:
     return found
 
 
-def sign(folder: pathlib.Path) -> None:
-    """Writes the checksums of a folder, after its files are on the disk."""
-    replace(folder / CHECKSUMS, (json.dumps(_checksums(folder, settle=True), indent=1) + "\n").encode())
+def json_bytes(value: typing.Any) -> bytes:
+    """A JSON file as we write it."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def damage(folder: pathlib.Path) -> str:
-    """What is wrong with a signed folder, naming the first file; "" if nothing is."""
+def sign(folder: pathlib.Path, without: str = "") -> None:
+    """Writes the checksums of a folder, but for the file `without`, after its files are on the disk."""
+    found = _checksums(folder, settle=True)
+    replace(folder / CHECKSUMS, json_bytes({name: found[name] for name in found if name != without}))
+
+
+def damage(folder: pathlib.Path, added: bool = False) -> str:
+    """What is wrong with a signed folder, naming the first file; "" if nothing is. Files may be `added`, or not."""
+    file = folder / CHECKSUMS
+    if not file.exists():
+        return f"{file} is missing"
     try:
-        wanted = json.loads((folder / CHECKSUMS).read_bytes())
-        found = _checksums(folder)
-    except FileNotFoundError:
-        return f"{folder / CHECKSUMS} is missing"
+        data = file.read_bytes()
+        wanted, found = json.loads(data), _checksums(folder)
+        if not isinstance(wanted, dict) or json_bytes(wanted) != data:  # a name may be there twice
+            raise ValueError("it is not as it was written")
     except (OSError, ValueError, RecursionError) as error:
-        return f"{folder / CHECKSUMS} cannot be read ({error})"
-    if not isinstance(wanted, dict):
-        return f"{folder / CHECKSUMS} holds no checksums"
-    for name in sorted(wanted.keys() | found.keys()):
+        return f"{file} cannot be read ({error})"
+    for name in sorted(wanted if added else wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            return f"{folder / name} {f'does not match {CHECKSUMS}' if name in found else 'is missing'}"
+            return f"{folder / one_line(name)} {f'does not match {CHECKSUMS}' if name in found else 'is missing'}"
     return ""
 
 
-def checksum(data: bytes, *about: typing.Any) -> str:
-    """BLAKE2b of some bytes and of what they are: what an exported model says of its arrays and texts."""
-    return hashlib.blake2b(json.dumps(about).encode() + b"\n" + data, digest_size=16).hexdigest()
-
-
-def read(path: pathlib.Path) -> bytes:
-    """The bytes of a file of an exported model. Raises UsageError if it is missing or cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing: {REMEDY}") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error}): {REMEDY}") from error
-
-
-def check_text(path: pathlib.Path) -> None:
-    """Raises UsageError if a text file does not match what the arrays beside it say of it, if there are any.
-
-    The arrays are those of an exported model.
-    """
-    header: dict[str, str] = {}
-    models = sorted(path.parent.glob("model*.safetensors"))
-    if not models:
-        return
-    found = checksum(read(path), path.name)
-    for arrays in models:
-        try:
-            with safetensors.safe_open(arrays, framework="numpy") as file:
-                header |= file.metadata() or {}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UsageError(f"{arrays} is damaged ({error}): {REMEDY}") from error
-    if header.get(path.name, found) != found:
-        raise UsageError(f"{path} does not match its checksum: {REMEDY}")
+def check(folder: pathlib.Path) -> list[str]:
+    """The signed files of an exported model. Raises UsageError, with file and remedy, unless they are as written."""
+    if wrong := damage(folder, added=True):
+        raise UsageError(f"{wrong}: {REMEDY}")
+    return [*json.loads((folder / CHECKSUMS).read_bytes())]
 
 
 @functools.cache  # held until this process ends

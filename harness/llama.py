@@ -80,17 +80,10 @@ def to_llama(params: typing.Any, config: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_llama(tensors: Mapping[str, np.ndarray], hf_config: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
-    """The inverse of `to_llama`: a tree of float32 arrays.
-
-    Raises ValueError on arrays that are missing, left over or misshapen, and on a config that we cannot compute.
-    """
-    config = model_config(hf_config)
-    if config.layers > len(tensors):
-        raise ValueError(f"num_hidden_layers={config.layers} is more than the {len(tensors)} arrays can hold")
-    leaves, factors = list(_leaves(config)), _factors(config)
+def from_llama(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, typing.Any]:
+    """The inverse of `to_llama`: a tree of float32 arrays. Raises ValueError on other names or shapes."""
+    flat, factors, leaves = {}, _factors(config), list(_leaves(config))
     fit({name: array.shape for name, array in tensors.items()}, {leaf.theirs: leaf.their_shape for leaf in leaves})
-    flat = {}
     for leaf in leaves:
         array = tensors[leaf.theirs].T.reshape(leaf.shape) if leaf.inputs else tensors[leaf.theirs]
         flat[leaf.ours] = (array.astype(np.float64) / factors.get(leaf.ours, 1)).astype(np.float32)
@@ -107,69 +100,38 @@ def fit(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
         raise ValueError("; ".join(sorted(wrong)[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
 
 
-def llama_config(config: ModelConfig, end_id: int = 1, pad_id: int = 0) -> dict[str, typing.Any]:
-    """config.json of a decoder. transformers computes in the dtype that ours does, however the arrays are stored."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": NORM_EPSILON,
-        "rope_theta": config.rope_theta,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # read by transformers 5
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": config.tied,
-        "pad_token_id": pad_id,
-        "bos_token_id": None,
-        "eos_token_id": end_id,
-        "torch_dtype": config.dtype,
-    }
-
-
-_FIELDS = {  # ModelConfig -> config.json
+_FIELDS = {  # ModelConfig -> config.json. transformers computes in the dtype that ours does, whatever the arrays have
     "vocab_size": "vocab_size",
     "width": "hidden_size",
+    "mlp_width": "intermediate_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
     "head_width": "head_dim",
-    "mlp_width": "intermediate_size",
     "context": "max_position_embeddings",
+    "rope_theta": "rope_theta",  # read by transformers 4
+    "tied": "tie_word_embeddings",
+    "dtype": "torch_dtype",
 }
 
 
+def llama_config(config: ModelConfig, end_id: int = 1) -> dict[str, typing.Any]:
+    """config.json of a decoder."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # read by transformers 5
+        "rms_norm_eps": NORM_EPSILON,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": end_id,
+    }
+
+
 def model_config(hf_config: Mapping[str, typing.Any]) -> ModelConfig:
-    """The decoder that a config.json describes. Raises ValueError on what `model.Decoder` does not compute."""
-    hf = dict(hf_config)
-    hf["num_key_value_heads"] = hf.get("num_key_value_heads") or hf.get("num_attention_heads")
-    if hf.get("head_dim") is None and all(type(hf.get(n)) is int for n in ("hidden_size", "num_attention_heads")):
-        hf["head_dim"] = hf["hidden_size"] // max(hf["num_attention_heads"], 1)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    hf["rope_type"] = rope.get("rope_type", "default")
-    for name, value, default in (
-        ("model_type", "llama", None),
-        ("hidden_act", "silu", "silu"),
-        ("rms_norm_eps", NORM_EPSILON, None),
-        ("rope_type", "default", None),
-        ("attention_bias", False, False),
-        ("mlp_bias", False, False),
-    ):
-        if hf.get(name, default) != value:
-            raise ValueError(f"{name}={hf.get(name)!r} is not {value!r}, the only one that model.py computes")
-    shape: dict[str, typing.Any] = {ours: hf.get(theirs) for ours, theirs in _FIELDS.items()}
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    tied = hf.get("tie_word_embeddings", False)
-    wrong = [_FIELDS[name] for name, value in shape.items() if type(value) is not int or not 0 < value < 2**31]
-    wrong += ["rope_theta"] if type(theta) not in (int, float) or not 0 < theta < math.inf else []
-    if wrong or type(tied) is not bool:
-        raise ValueError(f"{', '.join(wrong) or 'tie_word_embeddings'} has a value that no model can have")
-    return ModelConfig(**shape, rope_theta=theta, tied=tied, dtype="float32")
+    """The decoder that a config.json of ours describes."""
+    return ModelConfig(**{ours: hf_config[theirs] for ours, theirs in _FIELDS.items()})

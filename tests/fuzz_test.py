@@ -32,7 +32,7 @@ from configs import apr
 from countdown.grader import Problem, grade_path
 from countdown.language import Tokenizer, parse
 from countdown.task import Countdown, record
-from harness import grid, huggingface, results
+from harness import files, grid, huggingface, results
 from harness.build import build
 from harness.cli import UsageError, _config_errors, usage_errors
 from harness.workdir import read_config
@@ -203,12 +203,12 @@ def exported(folder: pathlib.Path) -> Case:
     recipe = json.loads(config.to_json())
     stop_ids = (task.end_id, task.spawn_id)
     huggingface.save(folder / "model", params, recipe, parts.model.config, stop_ids, {"step": 1}, shard_bytes=9000)
-    files = {file: file.read_bytes() for file in (folder / "model").iterdir()}
+    whole = {file: file.read_bytes() for file in (folder / "model").iterdir()}
 
     def case(rng: random.Random) -> object:
-        file, data = rng.choice([*files.items()])
+        file, data = rng.choice([*whole.items()])
         if file.suffix == ".json" and rng.random() < 0.5:
-            file.write_bytes(json.dumps(mutated(rng, json.loads(data))).encode())
+            file.write_bytes(files.json_bytes(mutated(rng, json.loads(data))))
         else:
             file.write_bytes(damaged(rng, data))
         try:

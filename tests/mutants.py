@@ -52,6 +52,7 @@ SOLVER = "tests/solver_test.py"
 TASK = "tests/countdown/task_test.py"
 WORKDIR = "tests/harness/workdir_test.py"
 FILES = "tests/harness/files_test.py"
+EXPORTS = "tests/harness/huggingface_test.py -k bit_for_bit or hand or added or read_back"
 SFT = "tests/sft_test.py"
 
 MUTANTS = [
@@ -126,6 +127,12 @@ MUTANTS = [
     Mutant("votes without an answer", "harness/stats.py", "for vote in votes if vote.grade.answer)", "for vote in votes)", STATS),
     Mutant("the variance of all", "harness/stats.py", "/ max(1, n - 1) / n)", "/ n / n)", STATS),
     Mutant("damage goes unseen", "harness/files.py", "if wanted.get(name) != found.get(name):", "if name not in found:", FILES),
+    Mutant("a name twice among the checksums", "harness/files.py", " or json_bytes(wanted) != data:", ":", FILES),
+    Mutant("what was added is damage", "harness/files.py", "wanted if added else wanted.keys()", "wanted.keys()", FILES),
+    Mutant("rounded arrays stay rounded", "harness/huggingface.py", ' | _read_arrays(folder / EXACT)', "", EXPORTS),
+    Mutant("an export that is not read back", "harness/huggingface.py", "if array.tobytes() != flat[name].tobytes():", "if False:", EXPORTS),
+    Mutant("unsigned arrays", "harness/huggingface.py", "for name in _check(folder):", "for name in [path.name for path in folder.iterdir() if _check(folder)]:", EXPORTS),
+    Mutant("norms of tied models as they are", "harness/llama.py", "1 / root if config.tied else 1.0", "1.0", EXPORTS),
     Mutant("no lock", "harness/files.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)", FILES),
     Mutant("the log keeps what comes after", "harness/workdir.py", 'if line["step"] <= step]', "]", WORKDIR),
     Mutant("one state alone", "harness/checkpoints.py", "KEEP = 2", "KEEP = 1", WORKDIR),

@@ -41,9 +41,24 @@ def test_what_differs_from_the_checksums_is_named(tmp_path):
     (tmp_path / "more").touch()
     assert files.damage(tmp_path).endswith("more does not match checksums.json")
     (tmp_path / "more").unlink()
-    for text in ("{", "[]", "[" * 9999, ""):
+    twice = (tmp_path / files.CHECKSUMS).read_text().replace('"a"', '"deep/b"')
+    for text in ("{", "[]", "[" * 9999, "", twice):
         (tmp_path / files.CHECKSUMS).write_text(text)
-        assert files.CHECKSUMS in files.damage(tmp_path)
+        assert f"{files.CHECKSUMS} cannot be read" in files.damage(tmp_path)
+    (tmp_path / files.CHECKSUMS).write_bytes(files.json_bytes({"a\nb": ""}))
+    assert files.damage(tmp_path, added=True) == f"{tmp_path / 'a b'} is missing"
+
+
+def test_an_exported_folder_may_hold_more_than_is_signed(tmp_path):
+    for name in ("a", "free"):
+        (tmp_path / name).write_bytes(b"data")
+    files.sign(tmp_path, without="free")
+    (tmp_path / "more").touch()
+    (tmp_path / "free").write_bytes(b"other")
+    assert files.check(tmp_path) == ["a"]
+    (tmp_path / "a").write_bytes(b"dat")
+    with pytest.raises(UsageError, match=r"a does not match checksums\.json: copy the folder again, or write it again"):
+        files.check(tmp_path)
 
 
 def test_a_folder_is_locked_until_its_process_ends_however_it_ends(tmp_path):

@@ -8,8 +8,8 @@ import functools
 import json
 import pathlib
 import random
+import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Callable
 
@@ -110,7 +110,7 @@ def logits(params: dict, config: ModelConfig, rows: list[list[int]]) -> list[np.
 def test_to_llama_and_from_llama_are_inverse(config):
     params = make(config)
     tensors = llama.to_llama(params, config)
-    back = llama.from_llama(tensors, llama.llama_config(config))
+    back = llama.from_llama(tensors, config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1.2e-7), params, back)
     flat, found = traverse_util.flatten_dict(params, sep="/"), traverse_util.flatten_dict(back, sep="/")
     changed = {name for name, array in flat.items() if not same(array, found[name])}
@@ -140,35 +140,13 @@ def test_a_config_comes_back(config):
     assert llama.model_config(json.loads(json.dumps(llama.llama_config(config)))) == config
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("model_type", "gemma"),
-        ("hidden_act", "gelu"),
-        ("rms_norm_eps", 1e-5),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("rope_parameters", ["default"]),
-        ("attention_bias", True),
-        ("num_hidden_layers", "2"),
-        ("num_hidden_layers", 10**12),
-        ("hidden_size", -8),
-        ("head_dim", True),
-        ("num_attention_heads", 3),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}),
-        ("tie_word_embeddings", None),
-    ],
-)
-def test_a_llama_that_our_decoder_does_not_compute_is_refused(field, value):
-    tensors = llama.to_llama(make(TINY), TINY)
-    with pytest.raises(ValueError, match={"rope_parameters": "rope_t", "num_attention_heads": "heads"}.get(field, field)):
-        llama.from_llama(tensors, {**llama.llama_config(TINY), field: value})
-
-
 def test_parameters_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="head is missing"):
         llama.to_llama(make(TINY), SHAPES["untied"])
     with pytest.raises(ValueError, match=r"embedding is \[11, 24\], not \[12, 24\]"):
         llama.to_llama(make(TINY), dataclasses.replace(TINY, vocab_size=12))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is left over"):
+        llama.from_llama(llama.to_llama(make(SHAPES["untied"]), SHAPES["untied"]), TINY)
 
 
 # ------------------------------------------------------------------- folders
@@ -193,9 +171,9 @@ def test_parameters_that_are_bfloat16_already_lose_nothing(tmp_path):
 
 def test_shards_are_named_and_indexed_as_hugging_face_does(tmp_path):
     write(tmp_path / "out", shard_bytes=9_000)
-    names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    names = sorted(file.name for file in (tmp_path / "out").glob("model*.safetensors"))
     assert len(names) > 2 and names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
-    assert max((tmp_path / "out" / name).stat().st_size for name in names) <= 9_000
+    assert max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) <= 9_000
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(names)
     assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(make(TINY)))
@@ -216,6 +194,21 @@ def test_two_exports_of_one_model_are_the_same_bytes(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_what_the_llama_gives_back_alone_is_kept_once(tmp_path):
+    """With 64 wide rows nothing is lost, and with 24 wide ones two arrays are."""
+    write(tmp_path / "whole", SHAPES["one kv head, power of two"])
+    assert safetensors.numpy.load_file(tmp_path / "whole" / "exact.safetensors") == {}
+    write(tmp_path / "out")
+    assert safetensors.numpy.load_file(tmp_path / "out" / "exact.safetensors").keys() == {"embedding", "final_norm/scale"}
+
+
+def test_a_run_without_log_and_evaluation_is_exported(tmp_path):
+    (tmp_path / "run").mkdir()
+    params = write(tmp_path / "out", source=tmp_path / "run")
+    assert not {"metrics.jsonl", "eval.json"} & contents(tmp_path / "out").keys()
+    assert same(huggingface.load(tmp_path / "out", params)[0], params)
+
+
 def test_log_and_evaluation_are_copied(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -225,7 +218,7 @@ def test_log_and_evaluation_are_copied(tmp_path):
     (tmp_path / "out" / "eval.json").write_text("[1]\n")  # as evaluate.py does
     huggingface.load(tmp_path / "out", params)
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 2}\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match its checksum"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match checksums\.json"):
         huggingface.load(tmp_path / "out", params)
 
 
@@ -254,6 +247,15 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_that_does_not_read_back_leaves_nothing(tmp_path, monkeypatch):
+    saved = safetensors.numpy.save
+    turned = lambda arrays, *rest: saved({name: -array for name, array in arrays.items()}, *rest)
+    monkeypatch.setattr(safetensors.numpy, "save", turned)
+    with pytest.raises(UsageError, match=r"cannot be written \(.* is read as something else\)"):
+        write(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
     params = make(TINY)
     params["mlp_0"]["up"][3, 4] = np.nan
@@ -262,17 +264,23 @@ def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_llama_of_other_origin_is_read_without_checksums(tmp_path):
-    params = write(tmp_path / "ours")
-    tensors = safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors")
-    (tmp_path / "theirs").mkdir()
-    safetensors.numpy.save_file(tensors, tmp_path / "theirs" / "model.safetensors")
-    config = llama.llama_config(TINY)
-    del config["rope_parameters"]
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
-    back, result = huggingface.load(tmp_path / "theirs", params)
-    assert result == {"step": 0}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), back, params)
+def test_a_llama_of_other_origin_is_refused(tmp_path):
+    params = write(tmp_path / "out")
+    for name in ("recipe.json", "checksums.json"):
+        (tmp_path / "out" / name).unlink()
+    words = "neither recipe.json nor checksums.json: name a run of ours, or a folder that `python -m harness.export` wrote"
+    for read in (read_config, functools.partial(huggingface.load, like=params)):
+        with pytest.raises(UsageError, match=words) as caught:
+            read(tmp_path / "out")
+        assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_were_added_are_not_read(tmp_path):
+    params = write(tmp_path / "out")
+    (tmp_path / "out" / ".git").mkdir()
+    for name in ("README.md", "model-00001-of-00002.safetensors", ".git/HEAD"):
+        (tmp_path / "out" / name).write_text("added")
+    assert same(huggingface.load(tmp_path / "out", params)[0], params)
 
 
 # ------------------------------------------------------------------- damage
@@ -282,50 +290,29 @@ def cut(path: pathlib.Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
 
 
-def rewrite(folder: pathlib.Path, change: Callable[[dict], None], file: str = "model.safetensors") -> None:
-    """Changes the arrays of a file as a tool would that knows nothing of checksums."""
-    tensors = safetensors.numpy.load_file(folder / file)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / file, {"format": "pt"})
-
-
 def resign(folder: pathlib.Path, change: Callable[[dict], None]) -> None:
-    """Changes the header of the model file and nothing else."""
-    data = (folder / "model.safetensors").read_bytes()
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:end])
-    change(header["__metadata__"])
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+    """Changes checksums.json and nothing else."""
+    sums = json.loads((folder / "checksums.json").read_text())
+    change(sums)
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
+FILES = ("config.json", "exact.safetensors", "generation_config.json", "model.safetensors", "recipe.json", "result.json")
 DAMAGE: dict[str, tuple[Callable, str]] = {
-    "no model": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
-    "no recipe": (lambda f: (f / "recipe.json").unlink(), r"recipe\.json is missing"),
-    "no result": (lambda f: (f / "result.json").unlink(), r"result\.json is missing"),
-    "truncated model": (lambda f: cut(f / "model.safetensors", 9_000), r"model\.safetensors is damaged"),
-    "truncated header": (lambda f: cut(f / "model.safetensors", 100), r"model\.safetensors is damaged"),
-    "empty model": (lambda f: cut(f / "model.safetensors", 0), r"model\.safetensors is damaged"),
-    "truncated config": (lambda f: cut(f / "config.json", 100), r"config\.json does not match its checksum"),
-    "edited config": (lambda f: (f / "config.json").write_text("{}"), r"config\.json does not match its checksum"),
-    "edited recipe": (lambda f: (f / "recipe.json").write_text("{}"), r"recipe\.json does not match its checksum"),
-    "a folder for a file": (
-        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-        r"config\.json cannot be read",
+    **{f"no {name}": (lambda f, name=name: (f / name).unlink(), f"{name} is missing") for name in (*FILES, "checksums.json")},
+    **{f"half of {name}": (lambda f, name=name: cut(f / name, 9), f"{name} does not match checksums") for name in FILES},
+    "an empty model": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors does not match checksums.json"),
+    "edited recipe": (lambda f: (f / "recipe.json").write_text("{}"), "recipe.json does not match checksums.json"),
+    "a folder for a file": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json is missing"),
+    "half of the checksums": (lambda f: cut(f / "checksums.json", 100), "checksums.json cannot be read"),
+    "a deep list": (lambda f: (f / "checksums.json").write_text("[" * 100_000), "checksums.json cannot be read"),
+    "a list": (lambda f: (f / "checksums.json").write_text("[]\n"), "checksums.json cannot be read"),
+    "a checksum twice": (
+        lambda f: (f / "checksums.json").write_text((f / "checksums.json").read_text().replace("result", "recipe")),
+        "checksums.json cannot be read",
     ),
-    "no checksums": (lambda f: rewrite(f, lambda t: None), "lack the checksum of"),
-    "an array missing": (
-        lambda f: resign(f, lambda m: m.pop("model.norm.weight")),
-        r"lack the checksum of model\.norm\.weight",
-    ),
-    "unknown entry": (lambda f: resign(f, lambda m: m.update(more="1")), "lack the checksum of more"),
-    "units lost": (lambda f: resign(f, lambda m: m.pop("ulps/embedding")), "do not match their common checksum"),
-    "units of nothing": (lambda f: resign(f, lambda m: m.update({"ulps/x": "sum eA=="})), r"entry ulps/x.*is damaged"),
-    "units that are none": (
-        lambda f: resign(f, lambda m: m.update({"ulps/embedding": "sum no_base_64"})),
-        "entry ulps/embedding.*is damaged",
-    ),
+    "an unknown file": (lambda f: resign(f, lambda m: m.update({"a\nb": ""})), "a b is missing"),
+    "no arrays signed": (lambda f: resign(f, lambda m: m.pop("model.safetensors")), r"embed_tokens\.weight is missing"),
 }
 
 
@@ -336,7 +323,7 @@ def test_damage_is_one_sentence_with_file_and_remedy(tmp_path, damage, words):
     with pytest.raises(UsageError, match=words) as caught:
         huggingface.load(tmp_path / "out", params)
     assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
-    assert "copy the folder again, or write it again with `python -m harness.export`" in str(caught.value)
+    assert re.search("copy the folder again, or write it again with `python -m harness.export`|use its own", str(caught.value))
 
 
 SHARD_DAMAGE: dict[str, tuple[Callable, str]] = {
@@ -345,27 +332,14 @@ SHARD_DAMAGE: dict[str, tuple[Callable, str]] = {
         r"model-00002-of-00003\.safetensors is missing",
     ),
     "missing index": (lambda f: (f / "model.safetensors.index.json").unlink(), r"index\.json is missing"),
-    "truncated index": (lambda f: cut(f / "model.safetensors.index.json", 99), r"index\.json is not JSON"),
-    "deep index": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000),
-        r"index\.json is not JSON",
-    ),
-    "listed index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"index\.json holds no JSON object"),
-    "index of nothing": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
-        r"index\.json names no safetensors files of its own folder",
-    ),
-    "index out of the folder": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
-        r"index\.json names no safetensors files of its own folder",
-    ),
+    "truncated index": (lambda f: cut(f / "model.safetensors.index.json", 99), r"index\.json does not match checksums"),
     "shards swapped": (
         lambda f: (
             shutil.copy(f / "model-00002-of-00003.safetensors", f / "x"),
             (f / "model-00003-of-00003.safetensors").rename(f / "model-00002-of-00003.safetensors"),
             (f / "x").rename(f / "model-00003-of-00003.safetensors"),
         ),
-        r"index\.json and the files it names disagree",
+        r"model-00002-of-00003\.safetensors does not match checksums",
     ),
 }
 
@@ -381,65 +355,25 @@ def test_damage_of_shards_is_one_sentence_with_file_and_remedy(tmp_path, damage,
 
 @pytest.mark.parametrize("shard_bytes", [None, 9_000])
 def test_every_flipped_bit_is_found(tmp_path, shard_bytes):
-    """Of headers and text files one bit of each byte, of the arrays one bit of every 40th."""
+    """One of each byte of the checksums, and one of every ninth byte of the other files."""
     config = dataclasses.replace(TINY, layers=1)
-    params = write(tmp_path / "out", config, dtype="bfloat16", shard_bytes=shard_bytes)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    params = write(tmp_path / "out", config, dtype="bfloat16", shard_bytes=shard_bytes, source=tmp_path / "run")
     rng = random.Random(0)
     for file in sorted((tmp_path / "out").iterdir()):
         data = file.read_bytes()
-        header = 8 + struct.unpack("<Q", data[:8])[0] if file.suffix == ".safetensors" else len(data)
-        for place in (*range(header), *range(header, len(data), 40)):
+        for place in range(0, len(data), 1 if file.name == "checksums.json" else 9):
             broken = bytearray(data)
             broken[place] ^= 1 << rng.randrange(8)
             file.write_bytes(broken)
-            with pytest.raises(UsageError) as caught:
+            with pytest.raises(UsageError, match="copy the folder again") as caught:
                 huggingface.load(tmp_path / "out", params)
                 pytest.fail(f"{file.name}, byte {place}: {data[place]} -> {broken[place]} loaded")
             assert "\n" not in str(caught.value), caught.value
+            assert file.name in str(caught.value) or file.name == "checksums.json", caught.value
         file.write_bytes(data)
     huggingface.load(tmp_path / "out", params)
-
-
-def test_rubbish_never_ends_in_another_error(tmp_path):
-    """Headers and configs of random pieces; whatever loads has the right shapes."""
-    params, rng = write(tmp_path / "out"), random.Random(1)
-    files = [tmp_path / "out" / name for name in ("model.safetensors", "config.json")]
-    (tmp_path / "out" / "recipe.json").unlink()
-    good = [file.read_bytes() for file in files]
-    pieces = [b"{", b"}", b"[", b'"', b":", b",", b"null", b"-1", b"1e999", b"18446744073709551616", b"\xff", b'"dtype"']
-    for _ in range(300):
-        for file, data in zip(files, good, strict=True):
-            broken = bytearray(data)
-            for _ in range(rng.choice((0, 1, 1, 3))):
-                place = rng.randrange(min(len(broken), 4_000))
-                broken[place : place + rng.randrange(6)] = rng.choice(pieces)
-            file.write_bytes(broken)
-        with pytest.raises(UsageError):
-            huggingface.load(tmp_path / "out", params)
-
-
-def test_an_unknown_dtype_is_refused(tmp_path):
-    params = write(tmp_path / "out")
-    rewrite(tmp_path / "out", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.float64)}))
-    with pytest.raises(UsageError, match=r"model\.norm\.weight has dtype F64, not F32 or BF16: save it as one of these"):
-        huggingface.load(tmp_path / "out", params)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
-        (lambda t: t.update(more=np.zeros(3, np.float32)), "more is left over"),
-        (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model\.norm\.weight is \[3\], not \[24\]"),
-        (lambda t: t["model.norm.weight"].__setitem__(0, np.inf), r"not finite \(final_norm/scale\)"),
-    ],
-)
-def test_wrong_arrays_of_other_origin_are_refused(tmp_path, change, words):
-    params = write(tmp_path / "out")
-    (tmp_path / "out" / "recipe.json").unlink()
-    rewrite(tmp_path / "out", change)
-    with pytest.raises(UsageError, match=words):
-        huggingface.load(tmp_path / "out", params)
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path):
@@ -553,7 +487,7 @@ def test_a_renamed_field_of_its_recipe_is_damage(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "copy")
     text = (folder / "recipe.json").read_text()
     (folder / "recipe.json").write_text(text.replace("learning_rate", "learning_rats", 1))
-    with pytest.raises(UsageError, match=r"recipe\.json does not match its checksum: copy the folder again"):
+    with pytest.raises(UsageError, match=r"recipe\.json does not match checksums\.json: copy the folder again"):
         read_config(folder)
 
 
@@ -562,7 +496,7 @@ def test_a_changed_number_of_its_log_is_never_drawn(exported, tmp_path):
     assert choose.read_logs([str(folder)])
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text.replace("1", "2", 1))
-    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match its checksum"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl does not match checksums\.json"):
         choose.read_logs([str(folder)])
 
 
@@ -608,12 +542,14 @@ def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     return found
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 12_000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_transformers_computes_our_logits(tmp_path, name, dtype):
+def test_transformers_computes_our_logits(tmp_path, name, dtype, shard_bytes):
     config = SHAPES[name]
     pytest.importorskip("transformers")
-    params = write(tmp_path / "out", config, dtype=dtype, shard_bytes=40_000)
+    params = write(tmp_path / "out", config, dtype=dtype, shard_bytes=shard_bytes)
+    assert (tmp_path / "out" / huggingface.INDEX).exists() == (shard_bytes is not None)
     model = loaded(tmp_path / "out")
     assert model.generation_config.eos_token_id == [1, 9]
     rng = np.random.default_rng(2)
@@ -638,7 +574,7 @@ def test_transformers_computes_the_logits_of_the_shipped_model(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_llama_of_transformers_is_ours(tmp_path, tied):
+def test_a_llama_of_transformers_is_ours(tied):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     settings = transformers.LlamaConfig(
@@ -655,10 +591,21 @@ def test_a_llama_of_transformers_is_ours(tmp_path, tied):
         initializer_range=0.3,
     )
     model = transformers.LlamaForCausalLM(settings)
-    model.save_pretrained(tmp_path / "theirs")
-    config = llama.model_config(json.loads((tmp_path / "theirs" / "config.json").read_text()))
-    assert (config.tied, config.head_width) == (tied, 8)
-    params, _ = huggingface.load(tmp_path / "theirs", shapes_of(config))
+    config = ModelConfig(
+        vocab_size=50,
+        width=24,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_width=8,
+        mlp_width=40,
+        context=64,
+        rope_theta=10_000.0,
+        tied=tied,
+        dtype="float32",
+    )
+    tensors = {name: array.numpy() for name, array in model.state_dict().items() if not tied or name != "lm_head.weight"}
+    params = llama.from_llama(tensors, config)
     rows = [np.random.default_rng(1).integers(0, 50, length).tolist() for length in (3, 64)]
     difference = worst(logits(params, config, rows), theirs_logits(model, rows))
     assert difference < 1e-4
