@@ -11,7 +11,8 @@ A folder holds
     generation_config.json   the ids that end a call: end of a thread, spawn
     recipe.json              every hyper-parameter of our run
     result.json              the step of the parameters and what they reached
-    exact.safetensors        those of our arrays that the Llama does not give back to the bit
+    exact.arrays             those of our arrays that the Llama does not give back to the bit. In the form of
+                             safetensors, but not in its name: others load every file of that name
     checksums.json           SHA-256 of all these (`harness.files`)
     metrics.jsonl eval.json  the log and the evaluation of the run, where it has them; the latter has its own checksum
 
@@ -20,7 +21,7 @@ A folder holds
   3. `load` looks for damage and returns our parameters, bit for bit.
 
 The product sqrt(D) E is rounded. Division then misses some values of E by one unit in the last place, and no rounding
-could avoid this: exact.safetensors keeps these arrays. In a folder of bfloat16 the products stay float32: transformers
+could avoid this: exact.arrays keeps these arrays. In a folder of bfloat16 the products stay float32: transformers
 then computes the logits of the rounded parameters.
 
 There is no tokenizer.json: the language matches the longest phrase first, which is no byte-pair encoding.
@@ -51,7 +52,7 @@ from model import ModelConfig
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION, RECIPE, RESULT = "config.json", "generation_config.json", "recipe.json", "result.json"
-EXACT, LOG, EVALUATION = "exact.safetensors", "metrics.jsonl", "eval.json"
+EXACT, LOG, EVALUATION = "exact.arrays", "metrics.jsonl", "eval.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}  # by their names in a safetensors file
 HEADER_BYTES = 256  # at most, of what a header says about one array, or about a file
 

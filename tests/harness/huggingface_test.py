@@ -197,9 +197,9 @@ def test_two_exports_of_one_model_are_the_same_bytes(tmp_path):
 def test_what_the_llama_gives_back_alone_is_kept_once(tmp_path):
     """With 64 wide rows nothing is lost, and with 24 wide ones two arrays are."""
     write(tmp_path / "whole", SHAPES["one kv head, power of two"])
-    assert safetensors.numpy.load_file(tmp_path / "whole" / "exact.safetensors") == {}
+    assert safetensors.numpy.load_file(tmp_path / "whole" / "exact.arrays") == {}
     write(tmp_path / "out")
-    assert safetensors.numpy.load_file(tmp_path / "out" / "exact.safetensors").keys() == {"embedding", "final_norm/scale"}
+    assert safetensors.numpy.load_file(tmp_path / "out" / "exact.arrays").keys() == {"embedding", "final_norm/scale"}
 
 
 def test_a_run_without_log_and_evaluation_is_exported(tmp_path):
@@ -297,7 +297,7 @@ def resign(folder: pathlib.Path, change: Callable[[dict], None]) -> None:
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
-FILES = ("config.json", "exact.safetensors", "generation_config.json", "model.safetensors", "recipe.json", "result.json")
+FILES = ("config.json", "exact.arrays", "generation_config.json", "model.safetensors", "recipe.json", "result.json")
 DAMAGE: dict[str, tuple[Callable, str]] = {
     **{f"no {name}": (lambda f, name=name: (f / name).unlink(), f"{name} is missing") for name in (*FILES, "checksums.json")},
     **{f"half of {name}": (lambda f, name=name: cut(f / name, 9), f"{name} does not match checksums") for name in FILES},
