@@ -91,6 +91,11 @@ def make_buckets(config: SamplerConfig, rows: int, context: int) -> Buckets:
     return Buckets(row_sizes, slots, fed_rows, fed_lengths, (0, *slots[::-every][::-1]))
 
 
+def row_slots(config: SamplerConfig, buckets: Buckets) -> int:
+    """Slots of a row. Chunks and tails are written whole: what lies beyond a row's length is overwritten later."""
+    return buckets.slots[-1] + max(config.steps_per_call, buckets.prefill_lengths[-1])
+
+
 @dataclasses.dataclass
 class _Row:
     """What the host knows of a row. `ids` are the row's, of which the first `cached` are in the history."""
@@ -136,9 +141,7 @@ class Sampler:
 
     def _empty(self) -> Cache:
         c = self.model.config
-        # Chunks and tails are written whole: what lies beyond a row's length is overwritten later.
-        slots = self.buckets.slots[-1] + max(self.config.steps_per_call, self.buckets.prefill_lengths[-1])
-        shape = (self.rows, c.kv_heads, slots, c.head_width)
+        shape = (self.rows, c.kv_heads, row_slots(self.config, self.buckets), c.head_width)
         zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=NamedSharding(self.mesh, ROWS))
         return Cache(*(tuple(zeros() for _ in range(c.layers)) for _ in range(2)))
 

@@ -142,7 +142,8 @@ def problems_of(family: ProblemRange, split: str, n: int) -> tuple[Problem, ...]
         if len(found) == n:
             return tuple(found.values())
     count = len(found) if listing is None else len(listing)
-    raise ValueError(f"{family} has only {count} problems for the {split} split, {n} were asked for: widen its ranges")
+    asked = f"{family} has only {count} problems for the {split} split, {n} were asked for"
+    raise ValueError(f"{asked}: widen its ranges, or ask for fewer (evaluation.problems, train.eval_problems)")
 
 
 # ---------------------------------------------------------------- exact search

@@ -104,7 +104,7 @@ def generator(workdir: pathlib.Path, language: Tokenizer) -> Callable[..., tuple
 
 def compare(released: types.ModuleType, rollouts: list[Rollout], language: Tokenizer) -> dict[str, int]:
     """Counts of calls and of verdicts, and of those that agree."""
-    names = ("parent_calls", "child_calls", "same_calls", "problems", "same_verdicts", "right")
+    names = ("parent_calls", "child_calls", "released_calls", "same_calls", "problems", "same_verdicts", "right")
     counts = dict.fromkeys(names, 0)
     for number, rollout in enumerate(rollouts):
         prefix, _ = released.get_prefix(released.val_data, number)
@@ -116,6 +116,7 @@ def compare(released: types.ModuleType, rollouts: list[Rollout], language: Token
         counts["child_calls"] += sum(map(len, ours[1:]))
         pairs = [pair for both in zip(ours, theirs, strict=False) for pair in zip(*both, strict=False)]
         counts["same_calls"] += sum(a == b for a, b in pairs)
+        counts["released_calls"] += sum(map(len, theirs))
         counts["problems"] += 1
         counts["same_verdicts"] += right == rollout.grade.correct
         counts["right"] += rollout.grade.correct
@@ -146,7 +147,7 @@ def main() -> None:
     released.generate = generator(args.workdir, language)  # type: ignore[attr-defined]
     counts = compare(released, rollouts, language)
     print(json.dumps(counts))
-    same = counts["same_calls"] == counts["parent_calls"] + counts["child_calls"]
+    same = counts["same_calls"] == counts["parent_calls"] + counts["child_calls"] == counts["released_calls"]
     sys.exit(0 if same and counts["same_verdicts"] == counts["problems"] else 1)
 
 

@@ -281,7 +281,7 @@ def serve_peer(args: argparse.Namespace) -> None:
         for batch in batches:
             generate(batch)
 
-    seconds = best(1, all_batches)
+    seconds = best(args.repeats, all_batches)
     figures["rollouts_tokens_per_s"] = sum(new for _, new in calls) / seconds
     print(json.dumps(figures))
 

@@ -385,9 +385,12 @@ EVALUATED = ("accuracy", "interval", "n", "children", "total_tokens", "sequentia
 
 def sft_steps(args: argparse.Namespace) -> int:
     """Updates that take two fifths of the part by the step that section `train` measured; without it 300 at most."""
-    own, measured = apr.get_config(args.preset).optimizer.steps, pathlib.Path(args.output) / "train.json"
-    figures = json.loads(measured.read_text()).get(f"{args.preset} blocks", {}) if measured.exists() else {}
-    return min(own, max(20, int(400 * args.limit / figures["step_ms"])) if figures else 300)
+    config, measured = apr.get_config(args.preset), pathlib.Path(args.output) / "train.json"
+    figures = json.loads(measured.read_text()).get(f"{args.preset} blocks") if measured.exists() else None
+    if not isinstance(figures, dict):  # a text says why it failed
+        return min(config.optimizer.steps, 300)
+    update_ms = figures["step_ms"] * config.train.rows / config.train.micro_rows  # that step was of one forward pass
+    return min(config.optimizer.steps, max(20, int(400 * args.limit / update_ms)))
 
 
 def supervised(args: argparse.Namespace) -> Iterator[Figures]:

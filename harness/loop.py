@@ -73,6 +73,7 @@ def train(pool: RolloutPool, workdir: Workdir, stage: Stage, state: TrainState) 
     Raises UsageError at the first step with a number that is not finite, and Stopped after a signal.
     """
     extra: dict[str, typing.Any] = {"step": 0, "cursor": None, "best": -1.0, "best_step": -1, "pending": []}
+    extra["seconds"] = 0.0  # that the pending steps took
     if (restored := workdir.restore(state)) is not None:
         state, extra = restored[0], extra | restored[1]
         _keep_best(workdir, state, extra)
@@ -81,7 +82,7 @@ def train(pool: RolloutPool, workdir: Workdir, stage: Stage, state: TrainState) 
         if restored is None and stage.validates_start:
             _checkpoint(pool, workdir, stage, state, extra)
         progress = Progress(stage.steps, extra["step"], "step")
-        clock, pending, waiting = time.monotonic(), extra.pop("pending"), list[_Taken]()
+        clock, pending, waiting = time.monotonic() - extra.pop("seconds"), extra.pop("pending"), list[_Taken]()
         for step in range(extra["step"] + 1, stage.steps + 1):
             before = _copy(state.params)  # the state itself is donated to the step
             state, measured = stage.step(state, step)
@@ -105,7 +106,8 @@ def train(pool: RolloutPool, workdir: Workdir, stage: Stage, state: TrainState) 
                 _checkpoint(pool, workdir, stage, state, extra)
                 clock = time.monotonic()
             elif stop:
-                workdir.save(step, state, {**extra, "cursor": stage.cursor(), "pending": pending})
+                unlogged = {"pending": pending, "seconds": time.monotonic() - clock}
+                workdir.save(step, state, {**extra, "cursor": stage.cursor(), **unlogged})
             if stop:
                 raise Stopped(stop, f"stopped after step {step}, which is saved")
         progress.close()

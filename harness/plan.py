@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from harness.build import Parts
 from model import ModelConfig
+from sampler import make_buckets, row_slots
 from train_state import new_state, state_shardings
 
 
@@ -53,10 +54,11 @@ def bytes_per_id(config: ModelConfig) -> int:
 
 
 def cache_bytes(parts: Parts) -> int:
-    """Bytes of the keys and values of full rows on each device of this process."""
-    config = parts.model.config
-    ids = parts.workers * parts.sampler.rows * config.context
-    return ids * bytes_per_id(config) // parts.sampler_mesh().size
+    """Bytes of the samplers' keys and values on each device of this process; each temperature has its samplers."""
+    config, rows = parts.model.config, parts.sampler.rows // parts.sampler_mesh().size
+    slots = row_slots(parts.sampler, make_buckets(parts.sampler, rows, config.context))
+    temperatures = {parts.sampler.temperature, parts.config.get("grpo", parts.sampler).temperature}
+    return len(temperatures) * parts.workers * rows * slots * bytes_per_id(config)
 
 
 def plan(parts: Parts) -> dict[str, typing.Any]:

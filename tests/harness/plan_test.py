@@ -3,12 +3,14 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import sft
 from configs import apr
 from harness.build import Parts, build
 from harness.plan import cache_bytes, flops_per_token, matrix_parameters, plan, state_bytes
+from harness.rollouts import RolloutPool
 from model import ModelConfig
 from packing import TokenBatch
 from train_state import make_train_step, new_state
@@ -33,8 +35,16 @@ def test_operations_by_hand():
 
 
 def test_the_cache_by_hand():
-    """16 rows of 512 ids, two layers, two heads of 16, keys and values, four bytes."""
-    assert cache_bytes(parts_of()) == 16 * 512 * 2 * 2 * 16 * 2 * 4
+    """16 rows of 512 ids and a chunk of 128, two layers, two heads of 16, keys and values, four bytes."""
+    parts = parts_of()
+    assert cache_bytes(parts) == 16 * (512 + 128) * 2 * 2 * 16 * 2 * 4
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), parts.param_shapes())
+    runtimes = RolloutPool(parts).runtimes(params, 0.0)
+    held = [leaf for runtime in runtimes for leaf in jax.tree.leaves(runtime.engine._history)]
+    assert cache_bytes(parts) == sum(leaf.nbytes for leaf in held) // parts.sampler_mesh().size
+    with parts.config.unlocked():
+        parts.config.grpo = {"temperature": 1.0}  # rollouts at 1, validation at 0
+    assert cache_bytes(parts) == 2 * 16 * (512 + 128) * 2 * 2 * 16 * 2 * 4
 
 
 def lowered_step(parts: Parts) -> jax.stages.Lowered:
