@@ -1,11 +1,14 @@
 """The training loop with a stage that trains nothing: which parameters are the best, and which steps are looked at."""
 
+import signal
+import time
+
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 from harness import loop
-from harness.cli import UsageError
+from harness.cli import Stopped, UsageError
 from harness.results import read_log
 from harness.workdir import Workdir, load_best
 from train_state import TrainState
@@ -65,6 +68,31 @@ def test_every_step_is_summarised_once(tmp_path, validated):
     loop.train(None, Workdir(tmp_path, ConfigDict()), Counting(6), start())
     lines = [line for line in read_log(tmp_path / "metrics.jsonl") if "loss" in line]
     assert [(line["step"], line["steps"], line["loss"]) for line in lines] == [(2, 2, 3), (3, 1, 3), (4, 1, 4), (6, 2, 11)]
+
+
+def test_the_first_line_after_a_stop_counts_the_time_before_it(tmp_path, validated):
+    """Stopped after step 2 of 3 to a line, each of at least 50 ms."""
+
+    class Slow(Counting):
+        eval_every, stops_at = 4, 2
+
+        def step(self, state, number):
+            time.sleep(0.05)
+            if number == self.stops_at:
+                signal.raise_signal(signal.SIGTERM)
+            return super().step(state, number)
+
+        def summary(self, pending, seconds):
+            return {"seconds": seconds, "steps": len(pending)}
+
+    with pytest.raises(Stopped):
+        loop.train(None, Workdir(tmp_path, ConfigDict()), Slow(4), start())
+    validated += [0.0]
+    again = Slow(4)
+    again.stops_at = 0
+    loop.train(None, Workdir(tmp_path, ConfigDict()), again, start())
+    first, *_ = [line for line in read_log(tmp_path / "metrics.jsonl") if "seconds" in line]
+    assert (first["step"], first["steps"]) == (3, 3) and first["seconds"] >= 0.15
 
 
 @pytest.mark.parametrize("step", range(1, 7))
