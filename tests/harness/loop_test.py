@@ -71,13 +71,13 @@ def test_every_step_is_summarised_once(tmp_path, validated):
 
 
 def test_the_first_line_after_a_stop_counts_the_time_before_it(tmp_path, validated):
-    """Stopped after step 2 of 3 to a line, each of at least 50 ms."""
+    """Stopped after step 2 of 3 to a line. The two take a second each, the third hardly any time."""
 
     class Slow(Counting):
         eval_every, stops_at = 4, 2
 
         def step(self, state, number):
-            time.sleep(0.05)
+            time.sleep(1.0 if self.stops_at else 0.0)
             if number == self.stops_at:
                 signal.raise_signal(signal.SIGTERM)
             return super().step(state, number)
@@ -92,7 +92,7 @@ def test_the_first_line_after_a_stop_counts_the_time_before_it(tmp_path, validat
     again.stops_at = 0
     loop.train(None, Workdir(tmp_path, ConfigDict()), again, start())
     first, *_ = [line for line in read_log(tmp_path / "metrics.jsonl") if "seconds" in line]
-    assert (first["step"], first["steps"]) == (3, 3) and first["seconds"] >= 0.15
+    assert (first["step"], first["steps"]) == (3, 3) and first["seconds"] >= 2
 
 
 @pytest.mark.parametrize("step", range(1, 7))
