@@ -242,17 +242,17 @@ def tail() -> Figure:
 
 
 def headline() -> Figure:
-    """APR and SoS+ at `desktop`: the share of problems solved within a context window."""
+    """APR and SoS+ at `laptop`, seed 0: the share of problems solved within a context window."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for run, name, color in (("apr-desktop", "APR: threads", LISTED), ("sosp-desktop", "SoS+: one thread", CHILD)):
+    for run, name, color in (("apr", "APR: threads", LISTED), ("sosp", "SoS+: one thread", CHILD)):
         windows = evaluation(run)["windows"]
         x = [int(window) for window in windows]
         y, low, high = np.asarray([*windows.values()]).T
         axes.plot(x, y, color=color, marker="o", linewidth=2)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.text(x[-1] + 12, y[-1], f"{name}\n{y[-1]:.3f}", color=color, va="center")
-    axes.set(xlim=(240, 1250), ylim=(0, 0.5), xticks=x, xlabel="context window, tokens", ylabel="accuracy")
+        axes.text(x[-1] + 8, y[-1], f"{name}\n{y[-1]:.3f}", color=color, va="center")
+    axes.set(xlim=(110, 650), ylim=(0, 1), xticks=x, xlabel="context window, tokens", ylabel="accuracy")
     axes.grid(axis="y", color="#EEEEEE")
     axes.set_axisbelow(True)
     return figure
