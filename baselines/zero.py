@@ -29,8 +29,9 @@ Deviations from TinyZero: GRPO, not PPO with a critic; a base model from scratch
 needs the right form to earn 0.1; and a parser grades it (`value_of`), not `eval`.
 
 Time: ten minutes for a base model on a CPU core that was shared with other work. In one run at width 64, whose texts
-still held some answers of other splits, 200 steps of RL took validation accuracy from 0.070 (0.042-0.114) to 0.125 (0.086-0.178). No search came of it: lines fell from 2.5
-to 1.1 and checks from 1.5 to 0. The model learned to guess, as TinyZero reports of its smallest.
+still held some answers of other splits, 200 steps of RL took validation accuracy from 0.070 (0.042-0.114) to 0.125
+(0.086-0.178). No search came of it: lines fell from 2.5 to 1.1 and checks from 1.5 to 0. The model learned to guess, as
+TinyZero reports of its smallest.
 """
 
 from __future__ import annotations
