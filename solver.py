@@ -38,7 +38,7 @@ from absl import flags
 from checks import Checked, at_least, one_of, require, within
 from countdown.grader import MAX_NUMBERS, MAX_VALUE, Problem, grade_path
 from countdown.language import Tokenizer
-from countdown.search import BreadthFirst, DepthFirst, Direct, Hybrid, Node, Parallel, Search, Trace
+from countdown.search import BreadthFirst, DepthFirst, Direct, Hybrid, Node, Parallel, Rules, Search, Trace
 from countdown.task import METHODS, UNBUDGETED, Countdown, record, root_prompt
 from harness.cli import launch, usage_errors
 from harness.show import show, verdict
@@ -253,23 +253,20 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     """One demonstration as text; every choice comes from `rng`."""
     target, root = problem.target, Node("0", list(problem.numbers), "", 0, "", None)
     beam = rng.randint(config.beam_low, config.beam_high)
-    search: Search
-    if config.method == "sos":
-        strategy = rng.choice((DepthFirst, BreadthFirst))
-        search = strategy(root, target, beam, rng, rng.choice(("sum", "multiply")))
-    elif config.method == "direct":
-        search = Direct(root, target, beam, rng)
-    elif config.method == "sosp":
-        search = Hybrid(root, target, beam, rng, config.spawn_probability)
-    else:
-        sub_beam = rng.randint(beam, config.sub_beam_high)
-        search = Parallel(root, target, beam, rng, config.spawn_probability, sub_beam)
-        search.depth = config.depth
-    if isinstance(search, Hybrid):
-        search.spawn_when = config.spawn_when
-    search.fixed_order, search.prunes, search.cost_limit = config.order == "fixed", config.prune, config.cost_limit
-    if config.heuristic != "paper":
-        search.heuristic = config.heuristic
+    kinds: dict[str, type[Search]] = {"direct": Direct, "sosp": Hybrid, "apr": Parallel}
+    kind = kinds[config.method] if config.method in kinds else rng.choice((DepthFirst, BreadthFirst))
+    heuristic = rng.choice(("sum", "multiply")) if config.method == "sos" else "multiply"
+    rules = Rules(
+        heuristic=heuristic if config.heuristic == "paper" else config.heuristic,
+        fixed_order=config.order == "fixed",
+        prunes=config.prune,
+        cost_limit=config.cost_limit,
+        spawn_probability=config.spawn_probability,
+        spawn_when=config.spawn_when,
+        sub_beam=rng.randint(beam, config.sub_beam_high) if config.method == "apr" else 0,
+        depth=config.depth,
+    )
+    search = kind(root, target, beam, rng, rules)
     search.run()
     search.trace.prompt = root_prompt(problem, config.method)
     return search.trace

@@ -83,8 +83,24 @@ def spawn_block(nodes: list[str], level: int) -> str:
     return "".join([CALL_TEXT, *starts, SPAWN_TEXT])
 
 
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How a search proceeds, and those within it. The defaults are the released codes'."""
+
+    heuristic: str = "multiply"  # which children are best (`countdown.states.expand`)
+    fixed_order: bool = False  # children are listed in order of generation, not in random order
+    prunes: bool = False  # neither repeated states are listed, nor children that cost more than the target
+    # Where numbers are left, every operation is explored in order, and a new state that costs at most so much is
+    # generated, until there are `beam`. -1: only the best children are explored, and all of those are generated.
+    cost_limit: int = -1
+    spawn_probability: float = 0.0  # of the coin of SoS+ and APR
+    spawn_when: str = "coin"  # how a promising node is told: by lot ("coin"), or by what is left to search ("large")
+    sub_beam: int = 0  # of child threads
+    depth: int = 1  # levels of threads below the root's
+
+
 class Search:
-    """Best-first search over a frontier, written down as one thread.
+    """Best-first search over a frontier, written down as one thread. `level` counts the searches around it.
 
     Each round takes the `beam` best nodes of the frontier, lists the children
     of each, and adds them to the frontier. This is a child thread of APR; the
@@ -94,15 +110,9 @@ class Search:
     restates = True  # the path is restated after the goal
     failure_text = "No solution found.\n"  # its last words without one
     pushes_leaves = False  # single numbers join the frontier too
-    fixed_order = False  # children are listed in order of generation, not in random order
-    level = 0  # of the thread: searches around it
-    prunes = False  # neither repeated states are listed, nor children that cost more than the target
-    # Where numbers are left, every operation is explored in order, and a new state that costs at most so much is
-    # generated, until there are `beam`. -1: only the best children are explored, and all of those are generated.
-    cost_limit = -1
 
-    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, heuristic: str = "multiply"):
-        self.root, self.target, self.beam, self.rng, self.heuristic = root, target, beam, rng, heuristic
+    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, rules: Rules, level: int = 0):
+        self.root, self.target, self.beam, self.rng, self.rules, self.level = root, target, beam, rng, rules, level
         self.lines: list[str] = []  # of the current call
         self.trace = Trace(announce(root, target), [], [])
 
@@ -136,16 +146,16 @@ class Search:
         """Lists the best children, or those within the cost limit; returns them best first, and a leaf at the goal."""
         if len(node.numbers) == 1:
             return [], None
-        every = expand(node.numbers, self.target, self.heuristic)
+        rules, every = self.rules, expand(node.numbers, self.target, self.rules.heuristic)
         place = {id(option): number for number, option in enumerate(every)}  # an operation may come twice
-        if self.cost_limit >= 0 and len(node.numbers) > 2:
-            kept = pruned(every, self.cost_limit)[: self.beam]
+        if rules.cost_limit >= 0 and len(node.numbers) > 2:
+            kept = pruned(every, rules.cost_limit)[: self.beam]
             options = every[: place[id(kept[-1])] + 1 if len(kept) == self.beam else None]
         else:
             options = best_first(every)
-            options = kept = (pruned(options, self.target) if self.prunes else options)[: self.beam]
+            options = kept = (pruned(options, self.target) if rules.prunes else options)[: self.beam]
         chosen = {*map(id, kept)}
-        if self.fixed_order:
+        if rules.fixed_order:
             options.sort(key=lambda option: place[id(option)])
         else:
             self.rng.shuffle(options)
@@ -206,8 +216,8 @@ class Direct(Search):
 
     def search(self, root: Node, level: int) -> Node | None:
         """Writes the operations of a solution, and that the goal is reached."""
-        found = solutions(root.numbers, self.target, self.heuristic)
-        path = next(found, None) if self.fixed_order else self.rng.choice([*found] or [None])
+        found = solutions(root.numbers, self.target, self.rules.heuristic)
+        path = next(found, None) if self.rules.fixed_order else self.rng.choice([*found] or [None])
         for operation, numbers in path or ():
             self.lines.append(explored(operation, numbers))
         if path is None:
@@ -232,9 +242,9 @@ class DepthFirst(Search):
 
     def search(self, root: Node, level: int) -> Node | None:
         """Searches the whole subtree of a child before its sibling, for which the parent is announced again."""
-        every = best_first(expand(root.numbers, self.target, self.heuristic))
+        every = best_first(expand(root.numbers, self.target, self.rules.heuristic))
         affordable = [option for option in every if option[0] <= self.target]
-        for i, option in enumerate(pruned(every, self.target) if self.prunes else affordable):
+        for i, option in enumerate(pruned(every, self.target) if self.rules.prunes else affordable):
             if i:
                 self.lines.append(announce(root, self.target))
             child = self.write_child(root, i, option)
@@ -250,17 +260,11 @@ class DepthFirst(Search):
 class Hybrid(Search):
     """SoS+: the children of a promising node are searched in place, one after another."""
 
-    spawn_when = "coin"  # how a promising node is told: by lot ("coin"), or by what is left to search ("large")
-
-    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float):
-        super().__init__(root, target, beam, rng)
-        self.probability = probability
-
     def is_promising(self, children: list[Node]) -> bool:
         """Tosses the coin, or asks whether every child has at least `LARGE_NUMBERS` numbers left."""
-        if self.spawn_when == "large":  # children of a node have as many numbers each
+        if self.rules.spawn_when == "large":  # children of a node have as many numbers each
             return bool(children) and len(children[0].numbers) >= LARGE_NUMBERS
-        return bool(children) and self.rng.random() < self.probability
+        return bool(children) and self.rng.random() < self.rules.spawn_probability
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
         """Searches each child in a sub-search of this thread."""
@@ -279,36 +283,21 @@ class Hybrid(Search):
 class Parallel(Hybrid):
     """APR: the children of a promising node become threads, which spawn in turn above level `depth`."""
 
-    depth = 1  # levels of threads below the root's
-
-    def __init__(self, root: Node, target: int, beam: int, rng: random.Random, probability: float, sub_beam: int):
-        super().__init__(root, target, beam, rng, probability)
-        self.sub_beam = sub_beam
-
     def is_promising(self, children: list[Node]) -> bool:
         """As of SoS+, but never for an only child."""
         return len(children) > 1 and super().is_promising(children)
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
-        """Spawns a thread per child and goes on with the first success."""
-        if self.fixed_order:
+        """Spawns a thread per child and goes on with the first success. The deepest level does not spawn."""
+        rules, kind = self.rules, Parallel if level < self.rules.depth else Search
+        if rules.fixed_order:
             children = sorted(children, key=lambda child: int(child.id.rpartition(",")[2]))
         self.trace.calls.append("".join(self.lines) + spawn_block([child.id for child in children], level))
         self.lines = []
-        searches = [self.thread(child, level) for child in children]
+        searches = [kind(child, self.target, rules.sub_beam, self.rng, rules, level) for child in children]
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
         goal = next((goal for goal in goals if goal is not None), None)
         if goal is not None:
             self.write_goal(goal)
         return goal
-
-    def thread(self, root: Node, level: int) -> Search:
-        """The search of a child thread at `level`. The deepest level does not spawn."""
-        search = Search(root, self.target, self.sub_beam, self.rng)
-        if level < self.depth:
-            search = deep = Parallel(root, self.target, self.sub_beam, self.rng, self.probability, self.sub_beam)
-            deep.depth, deep.spawn_when = self.depth, self.spawn_when
-        search.level, search.fixed_order, search.prunes = level, self.fixed_order, self.prunes
-        search.heuristic, search.cost_limit = self.heuristic, self.cost_limit
-        return search

@@ -113,13 +113,13 @@ def replayed(method, case):
     reference = case["trace"] if method == "apr" else {"main_calls": [case["trace"]], "sub_calls": []}
     rng = Scripted(script_of(reference))
     node = search.Node("0", case["nums"], "", 0, "", None)
-    if method == "apr":
-        return search.Parallel(node, case["target"], case["beam"], rng, 0.5, case["sub_beam"]), reference
-    if method == "sosp":
-        return search.Hybrid(node, case["target"], case["beam"], rng, 0.5), reference
-    strategy = {"dfs": search.DepthFirst, "bfs": search.BreadthFirst}[case["search"]]
-    heuristic = {"mult_heuristic": "multiply", "sum_heuristic": "sum"}[case["heuristic"]]
-    return strategy(node, case["target"], case.get("beam", 0), rng, heuristic), reference
+    if method == "sos":
+        kind = {"dfs": search.DepthFirst, "bfs": search.BreadthFirst}[case["search"]]
+        rules = search.Rules(heuristic={"mult_heuristic": "multiply", "sum_heuristic": "sum"}[case["heuristic"]])
+    else:
+        kind = {"apr": search.Parallel, "sosp": search.Hybrid}[method]
+        rules = search.Rules(spawn_probability=0.5, sub_beam=case.get("sub_beam", 0))
+    return kind(node, case["target"], case.get("beam", 0), rng, rules), reference
 
 
 @pytest.mark.parametrize(("method", "missing_moves"), [("sos", 0), ("sosp", 0), ("apr", 5)])
@@ -275,8 +275,7 @@ def test_depth_first_pruning_leaves_out_repeated_states_too():
     """4, 4 and 3: three of the pairs are alike, so that half of the children repeat a state."""
     root = search.Node("0", [4, 4, 3], "", 0, "", None)
     for prunes in (False, True):
-        walk = search.DepthFirst(root, 21, 5, random.Random(0))
-        walk.prunes = prunes
+        walk = search.DepthFirst(root, 21, 5, random.Random(0), search.Rules(prunes=prunes))
         walk.run()
         first = [line for line in parse("".join(walk.trace.calls)) if line.kind == "generate" and line.node.count(",") == 1]
         states = [tuple(sorted(line.numbers)) for line in first]
@@ -399,7 +398,7 @@ def test_depth_first_trace_may_be_its_prompt_alone():
     """From the references: with target 11 every child of 15, 6, 18, 24 is pruned."""
     drawn = Problem((15, 6, 18, 24), 11)
     node = search.Node("0", list(drawn.numbers), "", 0, "", None)
-    run = search.DepthFirst(node, 11, 1, random.Random(0), "multiply")
+    run = search.DepthFirst(node, 11, 1, random.Random(0), search.Rules())
     assert run.run() is None
     run.trace.prompt = solver.root_prompt(drawn, "sos")
     rollout = solver.record(drawn, run.trace, Countdown(TOKENIZER, "sos"))
