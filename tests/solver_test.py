@@ -12,9 +12,11 @@ import sys
 import pytest
 
 import solver
+from configs import sosp
 from countdown.grader import Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.task import Countdown
+from harness.build import build
 from solver import ProblemRange, problem
 from tests.conftest import Ended
 from tests.countdown.search_test import APR, LAPTOP, PAPER, ROOT, SOS, SOSP, TOKENIZER
@@ -276,3 +278,11 @@ def test_a_closed_pipe_ends_a_command_quietly(words):
     ended = subprocess.run(command, cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_what_the_documents_say_of_the_demonstrator_of_sosp_at_desktop():
+    """docs/results.md: wider searches solve more, and less of that fits a context of 1,024."""
+    parts = build(sosp.get_config("desktop"))
+    found = parts.domain.demonstrators(parts.test_set(), 1024)
+    assert [round(entry["solved"], 3) for entry in found] == [0.440, 0.511, 0.587, 0.668, 0.734]
+    assert [round(entry["accuracy"], 3) for entry in found] == [0.440, 0.511, 0.573, 0.493, 0.448]
