@@ -91,6 +91,11 @@ class Countdown(Checked):
         """Id that ends a spawn block."""
         return self.tokenizer.id(SPAWN_TEXT)
 
+    @functools.cached_property
+    def call_id(self) -> int:
+        """Id that starts a spawn block."""
+        return self.tokenizer.id(CALL_TEXT)
+
     @property
     def child_prefix(self) -> str:
         """Budget line of a child's prompt."""
@@ -108,8 +113,7 @@ class Countdown(Checked):
 
     def spawn(self, ids: Sequence[int]) -> Spawn:
         """Reads the spawn block that ends `ids`; raises MalformedSpawn saying what is wrong with it."""
-        call_id = self.tokenizer.id(CALL_TEXT)
-        start = next((i for i in reversed(range(len(ids))) if ids[i] == call_id), None)
+        start = next((i for i in reversed(range(len(ids))) if ids[i] == self.call_id), None)
         if start is None:
             raise MalformedSpawn(f"no {CALL_TEXT.strip()} before {SPAWN_TEXT.strip()}")
         before, block = self.tokenizer.decode(ids[:start]), self.tokenizer.decode(ids[start:])
@@ -122,9 +126,14 @@ class Countdown(Checked):
                 raise MalformedSpawn(f"node #{short(node)} was never generated")
             if node in nodes[:i]:
                 raise MalformedSpawn(f"node #{short(node)} is named twice")
-        given, prefix = (ids[:start], "") if self.inherit_context else ((), self.child_prefix)
-        first_lines = [f"{prefix}Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
-        return Spawn(start, [[*given, *self.tokenizer.encode(lines)] for lines in first_lines])
+        prompts = [f"Moving to Node #{node}\nCurrent State: {known[node]}\n" for node in nodes]
+        return Spawn(start, [self.child_prompt(ids[:start], prompt) for prompt in prompts])
+
+    def child_prompt(self, context: Sequence[int], prompt: str) -> list[int]:
+        """Ids a child is given: its first lines, after its parent's context if it inherits that."""
+        if self.inherit_context:
+            return [*context, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.encode(self.child_prefix + prompt)
 
     def _spawned(self, before: str, block: str) -> list[str]:
         """Nodes that a well-formed spawn block names; raises MalformedSpawn.
@@ -240,9 +249,11 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
                 call.sampled.append(task.end_id)
                 continue
             call.stop = records.SPAWN
-            spawn = task.spawn(result.ids())
-            result.spawns.append([thread(c, spawn.prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
-            keep, injected = spawn.start, task.join(result.spawns[-1])
+            context = result.ids()  # `task.spawn` would refuse what a faulty trace spawns
+            keep = len(context) - 1 - context[::-1].index(task.call_id)
+            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
+            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
+            injected = task.join(result.spawns[-1])
         return result
 
     root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())
