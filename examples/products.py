@@ -11,7 +11,8 @@
 `Products` is the `protocols.Task` that the runtime drives. `ProductsDomain` is the `protocols.Domain` that training
 and evaluation use; `harness.tasks.TASKS` enters it under the name "products". Ids are character codes.
 
-Time: one minute for each command on 2 CPU cores. After the first, 0.160 of 100 held-out products were right (one seed).
+Time: one minute for each command on 2 CPU cores. After the first, 0.160 of 100 held-out products were right (one seed),
+and 0.360 after three times as many updates.
 """
 
 from __future__ import annotations
