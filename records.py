@@ -149,9 +149,11 @@ def mean_costs(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, f
     return {name: sum(cost[name] for cost in costs) / len(costs) for name in names}
 
 
-def stored(task: str, facts: dict[str, typing.Any], rollout: Rollout, problem: dict[str, typing.Any]) -> dict:
-    """What a trace file keeps: the task, what its domain says of itself (`Domain.facts`), and the record.
+def rollout_json(rollout: Rollout, problem: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """The record as JSON; `problem` is its problem, as the domain writes it (`Domain.to_json`)."""
+    return {**dataclasses.asdict(rollout), "problem": problem}
 
-    `problem` is that of the record, as the domain writes it (`Domain.to_json`).
-    """
-    return {"task": task, "facts": facts, "rollout": {**dataclasses.asdict(rollout), "problem": problem}}
+
+def stored(task: str, facts: dict[str, typing.Any], rollout: Rollout, problem: dict[str, typing.Any]) -> dict:
+    """What a trace file keeps: the task, what its domain says of itself (`Domain.facts`), and the record."""
+    return {"task": task, "facts": facts, "rollout": rollout_json(rollout, problem)}

@@ -45,7 +45,7 @@ from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, Workdir, load_best, read_config
 from protocols import Domain, Language, Request
-from records import Rollout
+from records import Rollout, rollout_json
 
 EXPLORED = "Exploring Operation"  # what a line that tries an operation begins with
 # Numbers of a problem -> operations of its largest search (Stream of Search, countdown_utils.metric_fn).
@@ -99,7 +99,7 @@ def sample(parts: Parts, params: typing.Any, number: int) -> list[Rollout]:
 
 def write(path: pathlib.Path, rollouts: Sequence[Rollout], domain: Domain) -> None:
     """Writes rollouts, one line of JSON each, whole or not at all."""
-    records = [{**dataclasses.asdict(rollout), "problem": domain.to_json(rollout.problem)} for rollout in rollouts]
+    records = [rollout_json(rollout, domain.to_json(rollout.problem)) for rollout in rollouts]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     files.replace(path, gzip.compress(lines.encode(), mtime=0))
 

@@ -256,8 +256,8 @@ class ZeroDomain(Domain):
         rng = random.Random(f"multiply {split} {seed} {index}")
         while True:
             left, right = rng.randint(self.low, self.high), rng.randint(self.low, self.high)
-            partial = min(len(partial_factors(left)), len(partial_factors(right))) == 1
-            if ("train" if partial else solver.split_of((left, right), left * right)) == split:
+            is_partial = min(len(partial_factors(left)), len(partial_factors(right))) == 1
+            if ("train" if is_partial else solver.split_of((left, right), left * right)) == split:
                 return Problem((left, right), left * right)
 
     def problems(self, split: str, n: int) -> Sequence[Problem]:

@@ -200,7 +200,7 @@ def add_evidence(run: pathlib.Path, path: pathlib.Path) -> list[str]:
     files.lock(path.parent)
     old = _contents(path) if path.exists() else {}
     contents = {name: data for name, data in old.items() if not name.startswith(f"{run.name}/")} | new
-    contents[files.CHECKSUMS] = (json.dumps(_sums(contents), indent=1, sort_keys=True) + "\n").encode()
+    contents[files.CHECKSUMS] = files.json_bytes(dict(sorted(_sums(contents).items())))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
         for name, data in sorted(contents.items()):

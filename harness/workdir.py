@@ -164,7 +164,7 @@ class Workdir:
 def write_json(path: pathlib.Path, value: typing.Any) -> None:
     """Writes a file, whole or not at all; of several processes the first does."""
     if jax.process_index() == 0:
-        files.replace(path, (json.dumps(value, indent=1) + "\n").encode())
+        files.replace(path, files.json_bytes(value))
 
 
 # The next three functions also read a folder that `python -m harness.export` wrote.
