@@ -18,7 +18,7 @@ are cut into a few blocks, a block looks only at the keys up to its own end, and
 the backward pass computes the probabilities again (`jax.checkpoint`).
 
 Deviation from the paper, which is the same Llama: the initial weights. Embeddings are scaled to
-unit size, the output matrices of attention and MLP by 1 / sqrt(2 L). Try it: `python -m benchmarks.train`.
+unit size, the output matrices of attention and MLP by 1 / sqrt(2 L). LOG.md has the curves ("Initial weights").
 
 Dimension key, used as name suffixes:
   R rows         T tokens of a row     S slots of a past part    L layers

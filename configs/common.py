@@ -89,9 +89,12 @@ def evaluation(preset: str) -> dict[str, Any]:
 
 
 def buckets(preset: str) -> dict[str, Any]:
-    """Sizes of the sampler's device calls: compiling is dear on an accelerator, computing on a CPU."""
+    """Sizes of the sampler's device calls: compiling is dear on an accelerator and in a short run, computing on a CPU."""
+    context = PRESETS[preset]["model"]["context"]
+    if preset == "smoke":
+        return dict(buckets="coarse", length_bucket=context)
     if preset in LARGE:
-        return dict(buckets="coarse", length_bucket=PRESETS[preset]["model"]["context"] // 2)
+        return dict(buckets="coarse", length_bucket=context // 2)
     return dict(buckets="fine", length_bucket=64)
 
 

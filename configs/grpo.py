@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         grpo=dict(PAPERS, steps=2, problems=4, rollouts=2, updates=1),
         optimizer=dict(learning_rate=1e-4),
         train=dict(eval_every=1, eval_problems=8),
-        sampler=dict(rows=16, temperature=0.0),
+        sampler=dict(rows=16, temperature=0.0, buckets="coarse", length_bucket=512),
     ),
     "laptop": dict(
         grpo=dict(SMALL, temperature=1.0, steps=100, problems=16, rollouts=8, updates=1),

@@ -1,4 +1,4 @@
-"""SoS+: one thread, best first with a beam. A coin has children searched at once, in place. APR's baseline.
+"""SoS+: one thread, best first with a beam. A coin has children searched next, in place. APR's baseline.
 
     python sft.py --config=configs/sosp.py           # same model, tokens and time as configs/apr.py
 

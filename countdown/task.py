@@ -74,7 +74,7 @@ class Countdown(Checked):
     """The `protocols.ForcedTask` of Countdown.
 
     `children_budget` and `token_budget` write a budget into the prompt, in the words of demonstrations that state
-    one; None writes nothing. Raises ValueError for an unknown method or join, or a negative budget.
+    one; -1 writes nothing. Raises ValueError for an unknown method or join, or a budget below -1.
     """
 
     section = "threads"

@@ -16,6 +16,7 @@ import pytest
 from absl import app, flags
 
 from harness import processes
+from tests import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ class Ended:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """The environment of a user's shell: the machine's own devices, not the eight that tests/__init__.py asks for."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**os.environ, "XLA_FLAGS": FAST}
 
 
 @pytest.fixture

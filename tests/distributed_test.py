@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from harness.build import build
 from harness.workdir import load_best, read_config
+from tests import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = [
@@ -42,7 +43,7 @@ def runs(tmp_path_factory, environment) -> list[tuple[pathlib.Path, list[str]]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = {**environment, "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count=2"}
     groups = {
         "one": [start(root / "one", two)],
         "two": [start(root / "two", environment, f"--distributed=localhost:{port},2,{i}") for i in range(2)],
@@ -103,7 +104,7 @@ def reinforced(tmp_path_factory, environment, smoke_run) -> list[list[dict]]:
     short = ["--config=configs/grpo.py:smoke", f"--init={smoke_run.path}", "--config.limits.thread_tokens=24"]
     short += ["--config.evaluation.problems=4", "--config.train.eval_problems=4", "--config.grpo.thread_penalty=0.01"]
     short += ["--config.grpo.token_penalty=0.01", "--config.grpo.token_budget=10.0"]  # else all rewards are alike
-    two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = {**environment, "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count=2"}
     started = {
         "one": [(two, [])],
         "two": [(environment, [f"--distributed=localhost:{port},2,{i}"]) for i in range(2)],

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from harness.checkpoints import Checkpoints
+from tests import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -41,7 +42,7 @@ def grpo(start: pathlib.Path) -> list[str]:
 
 
 def started(arguments: list[str], environment: dict[str, str], devices: int = 1) -> subprocess.Popen:
-    env = environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = environment | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
 

@@ -8,11 +8,12 @@ import random
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
 import solver
-from configs import sosp
+from configs import apr, sosp
 from countdown.grader import Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.task import Countdown
@@ -280,9 +281,33 @@ def test_a_closed_pipe_ends_a_command_quietly(words):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+def solved(recipe: types.ModuleType, preset: str, context: int, **demonstrator: int | float | str) -> list[tuple]:
+    """Of each beam of a demonstrator: solved, solved within the context, mean total tokens."""
+    config = recipe.get_config(preset)
+    config.demonstrator.update(demonstrator)
+    parts = build(config)
+    entries = parts.domain.demonstrators(parts.test_set(), context)
+    return [(round(e["solved"], 3), round(e["accuracy"], 3), round(e["total_tokens"])) for e in entries]
+
+
 def test_what_the_documents_say_of_the_demonstrator_of_sosp_at_desktop():
     """docs/results.md: wider searches solve more, and less of that fits a context of 1,024."""
-    parts = build(sosp.get_config("desktop"))
-    found = parts.domain.demonstrators(parts.test_set(), 1024)
-    assert [round(entry["solved"], 3) for entry in found] == [0.440, 0.511, 0.587, 0.668, 0.734]
-    assert [round(entry["accuracy"], 3) for entry in found] == [0.440, 0.511, 0.573, 0.493, 0.448]
+    found = solved(sosp, "desktop", 1024)
+    assert [entry[0] for entry in found] == [0.440, 0.511, 0.587, 0.668, 0.734]
+    assert [entry[1] for entry in found] == [0.440, 0.511, 0.573, 0.493, 0.448]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "context", "beam", "heuristic", "expected"),
+    [
+        (sosp, "desktop", 1024, 3, "near", (0.773, 615)),
+        (apr, "desktop", 1024, 7, "total", (0.813, 3478)),
+        (apr, "desktop", 1024, 7, "near", (0.885, 3642)),
+        (sosp, "laptop", 512, 1, "near", (0.983, 128)),
+    ],
+)
+def test_what_the_documents_say_of_searches_with_the_same_ranking(recipe, preset, context, beam, heuristic, expected):
+    """The searches of SoS+ and APR that list the best children, the others not explored."""
+    beams = dict(beam_low=beam, beam_high=beam, beam_low_without_budget=beam)
+    (found,) = solved(recipe, preset, context, cost_limit=-1, heuristic=heuristic, **beams)
+    assert found[1:] == expected
