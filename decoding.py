@@ -26,6 +26,7 @@ ROWS = PartitionSpec("data")
 # Columns of what the host sends about a row. `row` is the row's number on its device, or one past the last: no row.
 DECODE_COLUMNS = ("row", "length", "token", "drawn", "limit", "key_low", "key_high")
 PREFILL_COLUMNS = ("row", "length")
+WARM = Bound(lambda value: value == 0 or 1e-3 <= value < 1e9, "0, or from 0.001 to a billion")  # else logits overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class SamplerConfig(Checked):
     section = "sampler"
     rows: Annotated[int, within(1, 1 << 16)]  # threads decoded side by side, over all devices of a process
     steps_per_call: Annotated[int, within(1, 1 << 12)]  # most decode steps per device call
-    length_bucket: Annotated[int, at_least(1)]  # histories are viewed in multiples of this many slots
+    length_bucket: Annotated[int, within(1, 1 << 17)]  # histories are viewed in multiples of this many slots
     max_gathered_slots: Annotated[int, at_least(1)]  # rows x length of a device call: few fit the cache of a CPU
-    temperature: Annotated[float, at_least(0)]  # of the policy; 0 is greedy
+    temperature: Annotated[float, WARM]  # of the policy; 0 is greedy
     top_k: Annotated[int, at_least(0)]  # sample from the k most likely ids; 0 is off
     top_p: Annotated[float, Bound(lambda p: 0 < p <= 1, "above 0 and at most 1")]  # of the likely ids; 1 is off
     buckets: Annotated[str, one_of("fine", "coarse")] = "fine"  # sizes that device functions are compiled for

@@ -24,6 +24,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import re
@@ -36,45 +37,24 @@ from ml_collections import ConfigDict, config_flags
 
 import records
 from analysis import sweep
-from harness.build import Parts, build
+from checks import require
+from harness.build import Parts, build, check_prompts, check_targets
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
 from harness.huggingface import holds_model
+from harness.problems import read_problem, read_problems
 from harness.processes import launch
 from harness.rollouts import RolloutPool
 from harness.show import show_call, verdict
 from harness.workdir import PRETRAINED, load_best, read_config, write_json
-from protocols import Domain, Request
+from protocols import Request
 from records import Rollout, Thread
 
 EXCLUSIVE = {  # flag -> flags that would change nothing beside it
     "sweep": ("workdir", "problems", "numbers", "target", "record"),
     "numbers": ("problems", "output"),
 }
-ELSEWHERE = "runs/evaluation"  # a workdir's own eval.json is of its own config and held-out problems
-
-
-def read_problems(path: str, domain: Domain) -> list[typing.Any]:
-    """Problems of a JSON file. Raises UsageError naming the entry that is wrong."""
-    with usage_errors():
-        try:
-            entries = json.loads(pathlib.Path(path).read_text())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not JSON: {error}") from error
-        if not isinstance(entries, list) or not entries:
-            raise UsageError(f"{path} must hold a list of {domain.example}")
-        return [read_problem(entry, f"{path}, entry {index}", domain) for index, entry in enumerate(entries)]
-
-
-def read_problem(entry: typing.Any, where: str, domain: Domain) -> typing.Any:
-    """A checked problem. One without a solution is accepted, and a note says that it will count as wrong."""
-    try:
-        problem = domain.from_json(entry)
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from error
-    if not domain.solvable(problem):
-        print(f"note: {where}: {problem.target} cannot be reached; it will count as wrong", file=sys.stderr)
-    return problem
+ELSEWHERE = "runs/evaluation-"  # a workdir's own eval.json is of its own config and held-out problems
 
 
 def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rollout:
@@ -99,7 +79,8 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
 
 def stored_config(argv: Sequence[str]) -> ConfigDict:
     """The config of the run named by --workdir on the command line, else of the shipped checkpoint."""
-    named = re.findall(r"^--?workdir[=\n](.*)", "\n".join(argv), re.MULTILINE)  # absl takes --workdir=X and --workdir X
+    words = "\n".join(flags.FLAGS.read_flags_from_files(argv))  # of --flagfile
+    named = re.findall(r"^--?workdir[=\n](.*)", words, re.MULTILINE)  # absl takes --workdir=X and --workdir X
     return ConfigDict(read_config((named and named[-1]) or PRETRAINED))
 
 
@@ -107,7 +88,7 @@ def define_flags() -> None:
     """The command line; the config is that of the run named by --workdir."""
     flags.DEFINE_string("workdir", None, "The run to evaluate (default: the shipped checkpoint).")
     flags.DEFINE_string(
-        "output", None, f"Where to write eval.json (default: a run's workdir if no more is asked, else {ELSEWHERE})."
+        "output", None, f"Where to write eval.json (default: a run's workdir if no more is asked, else {ELSEWHERE}...)."
     )
     flags.DEFINE_string("problems", None, "JSON file with a list of problems (default: the held-out set).")
     flags.DEFINE_list("numbers", None, "One problem: its numbers, comma-separated. Needs --target.")
@@ -129,11 +110,15 @@ def check_flags(args: flags.FlagValues) -> None:
         raise UsageError(f"--numbers must be whole numbers separated by commas, not {','.join(args.numbers)}")
     if args.record and args.numbers is None:
         raise UsageError("--record goes with --numbers and --target: it keeps one problem")
+    if args.record and not pathlib.Path(args.record).absolute().parent.is_dir():
+        raise UsageError(f"--record={args.record} is in no folder: make it first")
 
 
 def chosen_problems(args: flags.FlagValues, parts: Parts) -> Sequence[typing.Any]:
     """The problems that the flags name: one, those of a file, or the held-out set."""
     if args.numbers is not None:
+        samples = parts.evaluation.samples
+        require(samples == 1, f"--numbers runs one rollout, not evaluation.samples={samples}: use --problems")
         entry = {"numbers": [int(number) for number in args.numbers], "target": args.target}
         return [read_problem(entry, "the problem", parts.domain)]
     return read_problems(args.problems, parts.domain) if args.problems else parts.test_set()
@@ -151,13 +136,17 @@ def main(_: list[str]) -> None:
     source = pathlib.Path(args.workdir or PRETRAINED)
     with usage_errors():
         parts = build(args.config)
+        check_targets(args.config, read_config(source))
         problems = chosen_problems(args, parts)
+        check_prompts(parts, problems)
     params, result = load_best(source, parts.param_shapes())
     pool = RolloutPool(parts)
     if args.numbers is None:
         as_it_is = not args.problems and json.loads(args.config.to_json()) == read_config(source)
         own = args.workdir and not holds_model(source) and as_it_is  # what was exported stays as it is
-        output = pathlib.Path(args.output or (source if own else ELSEWHERE))
+        asked = f"{source} {args.problems} {args.config.to_json(sort_keys=True)}".encode()
+        elsewhere = ELSEWHERE + hashlib.blake2b(asked, digest_size=4).hexdigest()
+        output = pathlib.Path(args.output or (source if own else elsewhere))
         report(pool, params, problems, output, result["step"])
         return None
     rollout = solve_one(pool, params, problems[0])

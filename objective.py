@@ -168,7 +168,7 @@ class GrpoConfig(Checked):
     problems: Annotated[int, at_least(1)]  # per step
     rollouts: Annotated[int, at_least(2)]  # per problem: the group
     updates: Annotated[int, at_least(1)]  # inner updates per step
-    temperature: Annotated[float, above(0)]  # of the policy, in rollouts and in the loss
+    temperature: Annotated[float, within(1e-3, 1e9)]  # of the policy, in rollouts and in the loss
     advantage: Annotated[str, one_of(*ADVANTAGES)]
     clip_low: Annotated[float, at_least(0)]
     clip_high: Annotated[float, at_least(0)]

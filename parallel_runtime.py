@@ -235,6 +235,8 @@ class Run:
             return self._end(live, records.SPAWNS)
         try:
             spawn = self.task.spawn(thread.ids())
+            if not spawn.prompts:
+                raise MalformedSpawn("no child")
         except MalformedSpawn as fault:
             thread.detail = str(fault)
             return self._end(live, records.MALFORMED)

@@ -30,13 +30,13 @@ from jax import Array
 from ml_collections import config_flags
 
 from harness import command, loop
-from harness.build import Parts, build
+from harness.build import Parts, build, check_targets
 from harness.cli import usage_errors
 from harness.feeding import Feeder, make
 from harness.plan import plan
 from harness.processes import launch
 from harness.rollouts import RolloutPool
-from harness.workdir import Workdir, load_best
+from harness.workdir import Workdir, load_best, read_config
 from packing import TokenBatch, lay_out, take_row, to_microbatches
 from train_state import LossFn, TokenStats, TrainState, make_train_step, state_from_key, state_from_params
 
@@ -165,6 +165,7 @@ def main(_: list[str]) -> None:
             print(json.dumps(plan(parts)))
             return
         DemonstrationStream(parts)  # raises where no demonstration fits
+        check_targets(config, read_config(config.init) if config.init else config)
     start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
     told = f"{parts.parameter_count() / 1e6:.2f}M parameters, {config.optimizer.steps} steps"
     command.run(parts, told, lambda _: Imitation(parts), lambda pool, workdir: train(pool, workdir, start_params))

@@ -9,6 +9,7 @@ An entry is an `Evaluation` whose label is one of `analysis.labels`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import typing
@@ -104,6 +105,17 @@ def unchanged(entry: Entry) -> bool:
     return entry.threads in ({}, THREADS)
 
 
+def ablated(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries whose threads spawn or join in another way, which stands in place of their budget."""
+    return [
+        dataclasses.replace(
+            e, threads=THREADS, budget=", ".join(f"{n}: {v}" for n, v in e.threads.items() if THREADS.get(n) != v)
+        )
+        for e in entries
+        if not unchanged(e)
+    ]
+
+
 def whole(entries: Iterable[Entry], alone: bool = False) -> list[Entry]:
     """Entries of one sample a problem and unchanged threads; solved side by side, or one at a time (`alone`)."""
     return [e for e in entries if unchanged(e) and (e.samples, e.concurrent == 1) == (1, alone)]
@@ -135,17 +147,18 @@ def policy(entry: Entry) -> tuple[str, str, float]:
 
 
 def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Entries of "X" and "X RL" at the same temperature and budget; of several X, that of the same seeds if any.
+    """Entries of "X" and "X RL" at the same temperature, sampling and budget.
 
-    "X RL fixed" is compared with "X" as well.
+    "X RL fixed" is compared with "X" as well. Of several X with different parameters none is: which one RL started
+    from is not known.
     """
     pairs = []
     for after in (e for e in whole(entries) if " RL" in e.label):
-        wanted = (after.label.partition(" RL")[0], after.temperature, after.budget)
+        label, _, kind = after.label.partition(" RL")
+        wanted = (label + kind[len(kind.split(",")[0]) :], after.temperature, after.budget)
         before = [e for e in whole(entries) if (e.label, e.temperature, e.budget) == wanted]
-        if before:
-            seeds = ("training_seed", "seed")
-            pairs.append((min(before, key=lambda e: [getattr(e, s) != getattr(after, s) for s in seeds]), after))
+        if len({e.parameters for e in before}) == 1:
+            pairs.append((min(before, key=lambda e: e.seed != after.seed), after))
     return pairs
 
 

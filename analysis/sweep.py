@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from harness.build import build
+from harness.build import build, check_targets
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import budget_line, fingerprint, measure, problem_set, warm_up
 from harness.files import lock
@@ -58,6 +58,7 @@ def points(entries: Sequence[dict[str, typing.Any]], changes: dict[str, typing.A
             try:
                 config.update_from_flattened_dict({**changes, **dict(zip(grid, values, strict=True))})
                 build(config)  # raises where the values cannot work
+                check_targets(config, stored)
                 found.append(Point(entry["label"], pathlib.Path(entry["workdir"]), config))
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"sweep, {entry['label']} with {[*grid]} = {values}: {error}") from error
@@ -104,7 +105,7 @@ def run(plan: Sequence[Point], output: pathlib.Path) -> None:
 def line(evaluation: Evaluation) -> str:
     """A point of a sweep in words."""
     low, high = evaluation.interval
-    variant = ", ".join(f"{name}={value}" for name, value in evaluation.threads.items())
+    variant = ", ".join(f"{name}={value}" for name, value in {**evaluation.threads, "split": evaluation.split}.items())
     return (
         f"{evaluation.label}, {budget_line(evaluation)}, {variant}, T={evaluation.temperature}: "
         f"{evaluation.accuracy:.3f} ({low:.3f}-{high:.3f}), {evaluation.total_tokens:.0f} tokens, "

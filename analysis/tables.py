@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import typing
 from collections import Counter
 from collections.abc import Sequence
 
 from analysis.charts import point
-from analysis.choose import THREADS, Entry, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
+from analysis.choose import Entry, ablated, by_problem, forced, free, policy, requested, rl_pairs, sampled, whole
 from analysis.labels import PAPER_ACCURACY, PAPER_RL, PAPER_TEMPERATURES, PAPERS_OWN, rank
 from countdown.grader import Problem, replay
 from countdown.states import solutions
@@ -82,22 +81,21 @@ def rl_table(entries: Sequence[Entry]) -> Table:
         cells = [[accuracy(e) for e in pair], [share(stats.paired(*correct), "+.3f", " to ")]]
         cells += [[*both] for both in zip(*map(costs, pair), strict=True)]
         cells += [[f"{e.total_tokens / (1 + e.children):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
-        row = [before.label, f"{before.temperature:g}", before.budget]
+        row: Row = [pair[1].label, f"{before.temperature:g}", before.budget, pair[1].training_seed]
         row += [" → ".join(filter(None, cell)) for cell in cells]
         if (before.temperature, before.budget) == (0, "no budget"):
             row[-1] += PAPER_RL.get(before.label, "")
         rows.append(row)
     note = "The difference is paired, problem by problem; tokens per thread are total tokens / (1 + child threads). "
-    head = "method | temperature | budget | accuracy | difference | total tokens | sequential tokens | child threads"
-    head += " | tokens per thread | paper"
+    head = "method | temperature | budget | training seed | accuracy | difference | total tokens | sequential tokens"
+    head += " | child threads | tokens per thread | paper"
     return Table("Table 2. Reinforcement learning, before → after", note + PAPERS_OWN, head, rows)
 
 
 def ablation_table(entries: Sequence[Entry]) -> Table:
     """Greedy entries that were asked for threads or tokens or join in another way, beside the same as trained."""
     greedy = [e for e in entries if e.temperature == 0]
-    other = [dataclasses.replace(e, threads=THREADS, budget=_threads(e)) for e in greedy if e.threads != THREADS]
-    changed = requested(greedy, "children", 0) + requested(greedy, "tokens", 0) + whole(other)
+    changed = requested(greedy, "children", 0) + requested(greedy, "tokens", 0) + whole(ablated(greedy))
     policies = {policy(e) for e in changed}
     chosen = sorted([e for e in free(greedy) if policy(e) in policies] + changed, key=lambda e: rank(e.label))
     rows = [
@@ -107,10 +105,6 @@ def ablation_table(entries: Sequence[Entry]) -> Table:
     head = "method | requested or changed | accuracy | total tokens | sequential tokens | child threads"
     head += " | share within the budget | mean use of it | paper"
     return Table("Table 3. Budgets requested, and other joins, greedy", PAPERS_OWN, head, rows)
-
-
-def _threads(entry: Entry) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in entry.threads.items() if THREADS.get(name) != value)
 
 
 def forcing_table(entries: Sequence[Entry]) -> Table:

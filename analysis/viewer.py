@@ -145,6 +145,7 @@ def page_data(trace: Trace) -> dict[str, typing.Any]:
             "detail": lane.thread.detail,
             "joins": lane.joins,
             "spawns": [[number[id(child)] for child in children] for children in lane.thread.spawns],
+            "spawned": [i for i, call in enumerate(lane.thread.calls) if call.stop == records.SPAWN],  # the calls
             "calls": [
                 {
                     "start": start,

@@ -225,7 +225,8 @@ def main(_: list[str]) -> None:
     report = {"label": config.name, "method": "rebase", **facts, **summary(results, args.vote), **fixed}
     for how, (share, low, high) in report["votes"].items():
         print(f"  {how:<10} {share:.3f}  (95 % {low:.3f}-{high:.3f})")
-    write_json(path / f"rebase-{args.reward}-{args.width}-{args.rounding}.json", {**report, "results": results})
+    name = f"rebase-{args.reward}-{args.width}-{args.rounding}-{len(problems)}-{args.seed}.json"
+    write_json(path / name, {**report, "results": results})
     print(json.dumps(report))
 
 

@@ -134,9 +134,9 @@ def logits(model: Decoder, reward: typing.Any, ids_RT: Array) -> Array:
 _logits = jax.jit(logits, static_argnums=0)
 
 
-def padded(rows: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """int32 [count, T] with the rows first; T is a multiple of `LENGTH`."""
-    ids_RT = np.zeros((count, -(-max(map(len, rows)) // LENGTH) * LENGTH), np.int32)
+def padded(rows: Sequence[Sequence[int]], count: int, context: int) -> np.ndarray:
+    """int32 [count, T] with the rows first; T is a multiple of `LENGTH`, or the context."""
+    ids_RT = np.zeros((count, min(context, -(-max(map(len, rows)) // LENGTH) * LENGTH)), np.int32)
     for i, ids in enumerate(rows):
         ids_RT[i, : len(ids)] = ids
     return ids_RT
@@ -148,7 +148,7 @@ def learned(model: Decoder, reward: typing.Any, states: Sequence[State]) -> list
     found: dict[tuple[int, ...], float] = {}
     for first in range(0, len(texts), ROWS):
         chunk = texts[first : first + ROWS]
-        logits_RT = np.asarray(_logits(plain(model), reward, padded(chunk, ROWS)))
+        logits_RT = np.asarray(_logits(plain(model), reward, padded(chunk, ROWS, model.config.context)))
         for ids, row in zip(chunk, logits_RT, strict=False):
             found[ids] = float(1 / (1 + np.exp(-row[len(ids) - 1])))
     return [found[tuple(ids)] for _, ids in states]
@@ -160,7 +160,7 @@ def examples(pool: RolloutPool, params: typing.Any, problems: Sequence[Problem])
     ends = {*step_ids(task)}
     requests = [Request(problem, index) for index, problem in enumerate(problems)]
     rollouts = pool.run(params, 1.0, requests, (pool.parts.evaluation.seed,))
-    ids_RT = padded([rollout.root.ids() for rollout in rollouts], len(rollouts))
+    ids_RT = padded([rollout.root.ids() for rollout in rollouts], len(rollouts), pool.parts.model.config.context)
     label_RT, is_end_RT = np.zeros(ids_RT.shape, np.float32), np.zeros(ids_RT.shape, bool)
     for i, rollout in enumerate(rollouts):
         ids, prompt = rollout.root.ids(), len(task.prompt(rollout.problem))

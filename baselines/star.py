@@ -13,7 +13,9 @@ One round, in WORKDIR/round-K:
 Killed, the command goes on where it stopped: a round that has its rollouts does not sample again, and its training
 resumes from its checkpoint. The end is the report of the last round's best parameters.
 
-Deviation: Stream of Search samples 200,000 problems of a 250M model; the defaults are small enough for two CPU cores.
+Deviations: Stream of Search samples 200,000 problems of a 250M model; the defaults are small enough for two CPU cores.
+As there, and unlike the first STaR, a problem that was failed gets no second try with the answer as a hint, and every
+round trains for as many updates.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ from solver import ProblemRange
 TEXTS = {"fact": 0.40, "sum": 0.20, "check": 0.25, "search": 0.15}  # shares of what the base model reads
 TRIES = 4  # most lines of a search that it reads
 LARGEST = 999  # value in an expression that it reads
+TRIALS = 10_000  # draws after which there is no such problem or expression
 LONGEST_ANSWER, DEEPEST = 100, 10  # characters and nested parentheses that are graded
 
 # ------------------------------------------------------------------- language
@@ -254,11 +255,12 @@ class ZeroDomain(Domain):
         if self.families:
             return solver.problem(self.families[index % len(self.families)], split, seed, index)
         rng = random.Random(f"multiply {split} {seed} {index}")
-        while True:
+        for _ in range(TRIALS):
             left, right = rng.randint(self.low, self.high), rng.randint(self.low, self.high)
             is_partial = min(len(partial_factors(left)), len(partial_factors(right))) == 1
             if ("train" if is_partial else solver.split_of((left, right), left * right)) == split:
                 return Problem((left, right), left * right)
+        raise ValueError(f"no {split} product of numbers from {self.low} to {self.high}: widen problems.high")
 
     def problems(self, split: str, n: int) -> Sequence[Problem]:
         """The first `n` distinct problems of a split."""
@@ -295,10 +297,11 @@ class ZeroDomain(Domain):
         """A random expression or partial product and its value, which solves no problem outside of training."""
         if not self.families:
             return partial(numbers, rng)
-        while True:
+        for _ in range(TRIALS):
             text, value = expression(numbers, rng)
             if solver.split_of(numbers, value) == "train":
                 return text, value
+        raise ValueError(f"no value of {numbers} up to {LARGEST} is a training problem's: lower problems.low")
 
     def search(self, problem: Problem, rng: random.Random) -> str:
         """Thoughts at random, and the last of them as the answer."""

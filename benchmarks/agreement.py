@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from countdown.language import END_ID, SPAWN_TEXT, Tokenizer
 from harness.build import build
+from harness.huggingface import holds_model
 from harness.rollouts import RolloutPool
 from harness.workdir import PRETRAINED, load_best, read_config
 from records import Rollout, Thread
@@ -132,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.released / ENTRY).is_file():
         parser.error(f"--released={args.released} has no {ENTRY}: clone {CODE} there")
-    if not (args.workdir / "model.safetensors").is_file():
+    if not holds_model(args.workdir):
         parser.error(f"--workdir={args.workdir} holds no exported model: run `python -m harness.export` first")
     config = ConfigDict(read_config(args.workdir))
     config.sampler.temperature = 0.0

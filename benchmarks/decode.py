@@ -38,6 +38,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -355,7 +356,7 @@ def llama_cpp(args: argparse.Namespace, work: dict[str, typing.Any]) -> dict[int
 def parse() -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = dict(problems=100, rows=64, workers=2, steps=32, slots=2048, repeats=3, threads=2)
+    numbers = dict(problems=100, rows=64, workers=2, steps=32, slots=2048, repeats=3, threads=os.cpu_count())
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--preset", default="laptop")

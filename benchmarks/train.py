@@ -202,8 +202,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def parse() -> argparse.Namespace:
     """Flags; the defaults are the laptop preset's model with a vocabulary of 600, and more rows than it trains on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = dict(rows=16, micro=4, tokens=512, vocab=600, width=128, layers=4, heads=2, mlp=352, repeats=9, threads=2)
-    for name, value in shape.items():
+    shape = dict(rows=16, micro=4, tokens=512, vocab=600, width=128, layers=4, heads=2, mlp=352, repeats=9)
+    for name, value in {**shape, "threads": os.cpu_count()}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--peer", default="", help="python of an environment with torch and transformers")
     parser.add_argument("--serve-peer", action="store_true", help=argparse.SUPPRESS)

@@ -82,14 +82,14 @@ def evaluation(preset: str) -> dict[str, Any]:
     return dict(
         problems=PRESETS[preset]["evaluation"]["problems"],  # held out
         samples=1,  # rollouts of each problem, for pass@k and cons@k
-        concurrent=0,  # rollouts in flight: 1 measures latency, 0 is all
+        concurrent=0,  # rollouts that start together, when the ones before are done: 1 measures latency, 0 is all
         seed=0,  # of the draws; the problems are always the same
         split="heldout",  # or "unseen": problems of the targets that problems.unseen_targets keeps from training
     )
 
 
 def buckets(preset: str) -> dict[str, Any]:
-    """Sizes of the sampler's device calls: compiling is dear on an accelerator and in a short run, computing on a CPU."""
+    """Sizes of the sampler's calls: compiling is dear on an accelerator and in short runs, computing on a CPU."""
     context = PRESETS[preset]["model"]["context"]
     if preset == "smoke":
         return dict(buckets="coarse", length_bucket=context)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import BUDGET, LIMITS, MESH, choose, evaluation
+from configs.common import BUDGET, LIMITS, MESH, buckets, choose, evaluation
 
 PAPERS: dict[str, Any] = dict(temperature=1.0, aggregate="call", dead_groups="keep")
 # Groups without a signal would cost a CPU as much time as others. The temperature is one at which a rollout fails now
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         grpo=dict(PAPERS, steps=2, problems=4, rollouts=2, updates=1),
         optimizer=dict(learning_rate=1e-4),
         train=dict(eval_every=1, eval_problems=8),
-        sampler=dict(rows=16, temperature=0.0, buckets="coarse", length_bucket=512),
+        sampler=dict(rows=16, temperature=0.0),
     ),
     "laptop": dict(
         grpo=dict(SMALL, temperature=1.0, steps=100, problems=16, rollouts=8, updates=1),
@@ -84,6 +84,7 @@ SWITCHES: dict[str, Any] = dict(  # of the objective, alike in all presets
 def get_config(preset: str = "laptop") -> ConfigDict:
     """The recipe of one preset. Raises ValueError on an unknown one."""
     p = choose(PRESETS, preset)
+    p = {**p, "sampler": {**p["sampler"], **buckets(preset)}}
     return overlay("" if preset == "laptop" else f"-{preset}", p, evaluation(preset), BUDGET)
 
 

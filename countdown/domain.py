@@ -39,6 +39,9 @@ class CountdownDomain(Domain):
         self.children, self.tokens = config.budget.children, config.budget.tokens
         both = self.children != -1 and self.tokens != -1
         require(not both, f"budget.children={self.children} and budget.tokens={self.tokens}: ask for one")
+        for name, value, method in (("children", self.children, "apr"), ("tokens", self.tokens, "sosp")):
+            knows = value == -1 or (value >= 0 and self.demonstrator.method == method)
+            require(knows, f"budget.{name}={value} must be -1, or at least 0 where {method} demonstrated it")
         self.demo_task = Countdown(self.language, self.demonstrator.method, **config.threads)
         self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
 
@@ -105,7 +108,12 @@ class CountdownDomain(Domain):
         return used, self.tokens - self.demonstrator.token_bin + 1, self.tokens
 
     def demonstrators(self, problems: Sequence[Problem], context: int) -> list[dict[str, float]]:
-        """One demonstration of each problem, beam by beam. `solved` is the accuracy in a context of any length."""
+        """One demonstration of each problem, beam by beam; none of larger problems than the family's.
+
+        `solved` is the accuracy in a context of any length.
+        """
+        if any(len(problem.numbers) > self.family.count for problem in problems):  # it may take minutes for one
+            return []
         entries = []
         for beam in range(self.demonstrator.beam_low, self.demonstrator.beam_high + 1):
             config = dataclasses.replace(

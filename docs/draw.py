@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import typing
 
@@ -26,7 +25,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from analysis.viewer import read_trace
 from docs.fill import evaluation
+from harness.cli import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPT, LISTED, SPAWN, JOIN, REST, CHILD = "#BBBBBB", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00"
@@ -37,7 +38,7 @@ SETTINGS: typing.Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.r
 
 @dataclasses.dataclass
 class Spawned:
-    """A rollout up to the end of its first join, in tokens."""
+    """A rollout with one join, in tokens."""
 
     prompt: int  # given to the parent
     listed: int  # sampled before the spawn block
@@ -58,20 +59,23 @@ class Spawned:
 
 
 def read(path: str) -> Spawned:
-    """The first join of a trace file. Raises SystemExit if the rollout has none."""
-    root = json.loads(pathlib.Path(path).read_text())["rollout"]["root"]
-    if not root["spawns"]:
-        raise SystemExit(f"error: no thread of {path} has spawned: record another problem")
-    first, second = root["calls"][:2]
-    listed = second["keep"] - len(first["injected"])
-    children = [(len(child["calls"][0]["injected"]), len(child["calls"][0]["sampled"])) for child in root["spawns"][0]]
+    """The join of a trace file. Raises SystemExit if the rollout has none, or more than one."""
+    try:
+        rollout = read_trace(path).rollout
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from error
+    root, calls = rollout.root, sum(len(thread.calls) for thread in rollout.threads())
+    if len(root.spawns) != 1 or calls != 2 + len(root.spawns[0]):
+        raise SystemExit(f"error: the pictures show one spawn and its join, not {path}: record another problem")
+    first, second = root.calls
+    listed = second.keep - len(first.injected)
     return Spawned(
-        prompt=len(first["injected"]),
+        prompt=len(first.injected),
         listed=listed,
-        spawn=len(first["sampled"]) - listed,
-        children=children,
-        join=len(second["injected"]),
-        rest=len(second["sampled"]),
+        spawn=len(first.sampled) - listed,
+        children=[(len(child.calls[0].injected), len(child.calls[0].sampled)) for child in root.spawns[0]],
+        join=len(second.injected),
+        rest=len(second.sampled),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -39,7 +39,7 @@ class TrainConfig(Checked):
     log_every: Annotated[int, at_least(1)]
     eval_every: Annotated[int, at_least(1)]  # updates between validations, each followed by a checkpoint
     eval_problems: Annotated[int, at_least(1)]  # validation problems
-    feeders: Annotated[int, at_least(0)] = 0  # processes that make demonstrations ahead; with 0 training makes them
+    feeders: Annotated[int, within(0, 256)] = 0  # processes that make demonstrations ahead; with 0 training makes them
 
     def rows_per_pass(self, devices: int) -> int:
         """Rows per forward pass over all devices. Raises ValueError if that does not divide `rows`."""
@@ -59,7 +59,7 @@ class EvaluationConfig(Checked):
     section = "evaluation"
     problems: Annotated[int, at_least(1)]  # held out
     samples: Annotated[int, at_least(1)]  # rollouts of each problem, for pass@k and cons@k
-    concurrent: Annotated[int, at_least(0)]  # rollouts in flight; 0 is all, 1 measures latency
+    concurrent: Annotated[int, at_least(0)]  # rollouts that start together; 0 is all, 1 measures latency
     seed: Annotated[int, SEED]  # of the draws; the problems are always the same
     split: Annotated[str, one_of("heldout", "unseen")] = "heldout"  # "unseen": targets that training never met
 
@@ -105,6 +105,12 @@ class Parts:
         return self.domain.problems("validation", self.train.eval_problems)
 
 
+def check_targets(config: ConfigDict, start: Mapping[str, typing.Any]) -> None:
+    """Raises ValueError if the parameters of a run met targets that `config` keeps unseen; `start` is its config."""
+    kept, met = (each.get("problems", {}).get("unseen_targets", 0.0) for each in (config, start))
+    require(kept <= met, f"problems.unseen_targets={kept}: the run met some of these (its share is {met}), train anew")
+
+
 @contextlib.contextmanager
 def field_errors() -> Iterator[None]:
     """Turns what a wrong field of a configuration raises, in a block or a decorated function, into a ValueError."""
@@ -144,6 +150,7 @@ def _check_together(parts: Parts) -> None:
     """Raises ValueError on fields that do not go together."""
     config, mesh, model = parts.config, parts.mesh.shape, parts.model.config
     local = parts.sampler_mesh().size
+    require(local > 0, f"the mesh {dict(mesh)} leaves a process without a device: use those of all processes")
     require(
         config.sampler.rows % (parts.workers * local) == 0,
         f"sampler.rows={config.sampler.rows} must be a multiple of sampler.workers={parts.workers} x {local} devices",
@@ -154,12 +161,22 @@ def _check_together(parts: Parts) -> None:
         f"evaluation.samples={parts.evaluation.samples} would draw one rollout over and over "
         "at temperature 0: set sampler.temperature",
     )
-    alone = model.attention == "blocks" or parts.mesh.size == 1
-    require(alone, f"model.attention={model.attention!r} runs on one device, not on {parts.mesh.size}: use 'blocks'")
+    if model.attention == "pallas":
+        device, size, width = jax.devices()[0].platform, parts.mesh.size, model.head_width
+        runs = size == 1 and device != "tpu"
+        require(runs, f"model.attention='pallas' runs on one device, a GPU, not on {size} of {device}: use 'blocks'")
+        fits = width >= 16 and width.bit_count() == 1
+        require(fits, f"model.attention='pallas' needs a power of two from 16 as model.head_width, not {width}")
     for field, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
         value, size = getattr(model, field), mesh[axis]
         require(value % size == 0, f"model.{field}={value} must be a multiple of mesh.{axis}={size}")
-    problems = (*parts.test_set(), *parts.validation_set())
-    longest = max(len(parts.domain.task.prompt(problem)) for problem in problems)
-    fits = longest < model.context
-    require(fits, f"model.context={model.context} is too small for a prompt of {longest} ids: raise it")
+    forced = parts.limits.min_budget_rounds or parts.limits.forced_answer_tokens
+    can = not forced or hasattr(parts.domain.task, "force_answer")
+    require(can, f"{config.task} has no budget forcing: limits.min_budget_rounds and forced_answer_tokens must be 0")
+    check_prompts(parts, (*parts.test_set(), *parts.validation_set()))
+
+
+def check_prompts(parts: Parts, problems: Sequence[typing.Any]) -> None:
+    """Raises ValueError if a prompt leaves no room in the context."""
+    context, longest = parts.model.config.context, max(len(parts.domain.task.prompt(problem)) for problem in problems)
+    require(longest < context, f"model.context={context} is too small for a prompt of {longest} ids: raise it")

@@ -45,7 +45,7 @@ def signals_noted() -> Iterator[list[int]]:
             return
         noted.append(number)
         first = time.monotonic()
-        print("stopping after this step (once more: at once)", file=sys.stderr, flush=True)
+        print("stopping as soon as the state is saved (once more: at once)", file=sys.stderr, flush=True)
 
     with _handled(note):
         yield noted

@@ -105,8 +105,8 @@ def validate(pool: RolloutPool, params: typing.Any) -> dict[str, float]:
 
 def warm_up(pool: RolloutPool, params: typing.Any, problems: Sequence[typing.Any]) -> None:
     """Solves a sampler full of the problems, so that nothing is left to compile when the clock runs."""
-    rows = pool.parts.config.sampler.rows
-    pool.solve(params, problems[:rows], 1, pool.parts.evaluation.concurrent)
+    rows, samples = pool.parts.config.sampler.rows, pool.parts.evaluation.samples
+    pool.solve(params, problems[: -(-rows // samples)], samples, pool.parts.evaluation.concurrent)
 
 
 def measure(
@@ -121,7 +121,10 @@ def measure(
     done = itertools.count(1)
     with contextlib.closing(Progress(len(problems) * config.samples, 0, "rollout")) as progress:
         rollouts = pool.solve(params, problems, config.samples, config.concurrent, lambda: progress.update(next(done)))
-    return evaluate(pool.parts, params, rollouts, time.monotonic() - started, label, step), rollouts
+    try:
+        return evaluate(pool.parts, params, rollouts, time.monotonic() - started, label, step), rollouts
+    except KeyboardInterrupt as stop:
+        raise Interrupted(rollouts) from stop
 
 
 def evaluate(
@@ -156,6 +159,7 @@ def evaluate(
         checkpoint=step,
         parameters=fingerprint(params),
         problem_set=problem_set(problems),
+        split=parts.evaluation.split,
         results=[_result(parts, *each) for each in zip(rollouts, kinds, strict=True)],
     )
 
@@ -219,20 +223,21 @@ def table(evaluation: Evaluation) -> str:
     low, high = e.interval
     k = str(e.samples)
     together = f"pass@{k}: {e.pass_at[k][0]:.3f}  cons@{k}: {e.cons_at[k][0]:.3f}" if e.samples > 1 else ""
+    unit = "rollout" if e.samples > 1 else "problem"
     rows = [
         ("accuracy", f"{e.accuracy:.3f}  (95 % {low:.3f}-{high:.3f}, {e.correct}/{e.n * e.samples})"),
         ("samples of a problem together", together),
         ("demonstrator, at equal cost or less", "" if e.demonstrator is None else f"{e.demonstrator:.3f}"),
         ("failures", "  ".join(f"{kind}: {n:.3f}" for kind, n in [*e.failures.items()][:4]) or "none"),
-        ("child threads per problem", f"{e.children:.2f}"),
-        ("total tokens per problem", f"{e.total_tokens:.0f}"),
-        ("sequential tokens per problem", f"{e.sequential_tokens:.0f}"),
+        (f"child threads per {unit}", f"{e.children:.2f}"),
+        (f"total tokens per {unit}", f"{e.total_tokens:.0f}"),
+        (f"sequential tokens per {unit}", f"{e.sequential_tokens:.0f}"),
         ("longest context, mean", f"{e.longest_context:.0f}"),
         ("budget, and share within it", "" if e.budget == "no budget" else budget_line(e)),
         ("truncated, malformed", f"{e.truncated:.3f}, {e.malformed:.3f}"),
         ("accuracy within a context of", "  ".join(f"{w}: {a[0]:.3f}" for w, a in e.windows.items())),
-        ("ms per problem: under load", f"{e.throughput_ms:.1f}"),
-        ("ms per problem: from start to end", f"{e.milliseconds:.0f}"),
+        (f"ms per {unit}: under load", f"{e.throughput_ms:.1f}"),
+        (f"ms per {unit}: from start to end", f"{e.milliseconds:.0f}"),
     ]
     return "\n".join(f"  {name:<34} {value}" for name, value in rows if value)
 

@@ -49,7 +49,7 @@ def main(_: list[str]) -> None:
         params,
         recipe,
         parts.model.config,
-        (task.end_id, task.spawn_id),
+        [i for i in (task.end_id, task.spawn_id) if i >= 0],  # no task spawns by a negative id
         result,
         args.dtype,
         args.shard_mb and args.shard_mb * 1_000_000,

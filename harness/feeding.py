@@ -121,5 +121,6 @@ def serve(config: ConfigDict, first: int, stride: int, output: typing.IO[bytes])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the reader, which ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # they end the reader, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
     serve(ConfigDict(json.loads(sys.argv[3])), int(sys.argv[1]), int(sys.argv[2]), sys.stdout.buffer)

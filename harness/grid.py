@@ -79,10 +79,10 @@ def _split(text: str) -> list[str]:
     return values
 
 
-def ended(run: Run, output: pathlib.Path) -> Result | None:
+def ended(command: str, run: Run, output: pathlib.Path) -> Result | None:
     """The last line of a run that has ended; None of one that has not.
 
-    Raises UsageError if the file that says so is damaged, or if the run had other flags.
+    Raises UsageError if the file that says so is damaged, or if the run had another command or other flags.
     """
     file = output / f"{run.name}.json"
     if not file.exists():
@@ -93,8 +93,8 @@ def ended(run: Run, output: pathlib.Path) -> Result | None:
         results.match(stored, str(file), remedy)
     except (AttributeError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({one_line(error)}): {remedy}") from error
-    if changed := set(stored["flags"]) ^ set(run.flags):
-        raise UsageError(f"{file} is of another grid ({', '.join(sorted(changed))}): choose another --output")
+    if changed := {stored.get("command"), *stored["flags"]} ^ {command, *run.flags}:
+        raise UsageError(f"{file} is of another grid ({', '.join(sorted(map(str, changed)))}): choose another --output")
     return stored["result"]
 
 
@@ -120,7 +120,7 @@ def start(command: str, run: Run, output: pathlib.Path) -> str:
         result = dict(json.loads(lines[-1]))
     except (TypeError, ValueError):
         return f"its last line is no JSON object: {lines[-1][:200]}"
-    stored = results.signed({"flags": list(run.flags), "result": result})
+    stored = results.signed({"command": command, "flags": list(run.flags), "result": result})
     files.replace(output / f"{run.name}.json", (json.dumps(stored) + "\n").encode())
     return ""
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = s
     try:
         runs = expand(flags)
         for run in runs:
-            ended(run, output)
+            ended(args.command, run, output)
         if args.index is not None and not 0 <= args.index < len(runs):
             raise ValueError(f"--index={args.index} must be from 0 to {len(runs) - 1}: the grid has {len(runs)} runs")
     except (ValueError, UsageError) as error:
@@ -186,12 +186,12 @@ def main(argv: Sequence[str], start: Callable[[str, Run, pathlib.Path], str] = s
         return 2
     output.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs):
-        if args.index in (None, number) and ended(run, output) is None:
+        if args.index in (None, number) and ended(args.command, run, output) is None:
             print(f"{number + 1}/{len(runs)} {run.name}", flush=True)
             if reason := start(args.command, run, output):
                 failed[run.name] = f"failed, {reason}"
                 print(f"failed: {run.name}: {reason}", file=sys.stderr)
-    found = {run.name: result for run in runs if (result := ended(run, output)) is not None}
+    found = {run.name: result for run in runs if (result := ended(args.command, run, output)) is not None}
     text = table(runs, found, failed)
     files.replace(output / "table.md", text.encode())
     files.replace(output / "figure.png", draw(runs, found))

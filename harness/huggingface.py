@@ -74,7 +74,7 @@ def save(
     """Writes a folder, whole or not at all; returns the size in bytes of each file.
 
     `stop_ids` end a call, the first of them the thread. No file of arrays exceeds `shard_bytes`. Log and evaluation
-    are copied from the folder `source`, where it has them.
+    are copied from the folder `source`, where it has them; rounded parameters have no evaluation yet.
     Raises UsageError if the folder is not empty or cannot be written, and on parameters that are not finite.
     """
     folder = pathlib.Path(folder).absolute()
@@ -98,7 +98,8 @@ def save(
     contents |= {name: files.json_bytes(value) for name, value in values.items()}
     if source is not None:
         with usage_errors():
-            contents |= {name: (source / name).read_bytes() for name in (LOG, EVALUATION) if (source / name).exists()}
+            measured = (LOG, EVALUATION) if dtype == "float32" else (LOG,)  # rounded parameters are others
+            contents |= {name: (source / name).read_bytes() for name in measured if (source / name).exists()}
         if EVALUATION in contents:
             results.match_all(contents[EVALUATION], str(source / EVALUATION))
     try:

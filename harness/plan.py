@@ -1,7 +1,8 @@
 """What training takes, from its configuration alone: `--dry_run` prints it and ends.
 
-Bytes are those of the state between two updates and of the cache of the samplers. Activations and the workspace of
-the compiler come on top; they depend on the device, and `benchmarks.accelerator` measures them.
+Bytes are those of the state between two updates, and of the parameters and caches of the samplers. Activations, the
+workspace of the compiler and one or two copies of the parameters (those before a step) come on top. They depend on the
+device, and `benchmarks.accelerator` measures them.
 """
 
 from __future__ import annotations
@@ -53,12 +54,22 @@ def bytes_per_id(config: ModelConfig) -> int:
     return 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
+def count_samplers(parts: Parts) -> int:
+    """Samplers of this process: of each temperature, one per worker."""
+    return len({parts.sampler.temperature, parts.config.get("grpo", parts.sampler).temperature}) * parts.workers
+
+
+def sampler_parameter_bytes(parts: Parts) -> int:
+    """Bytes of the samplers' parameters on each device: each has all of them, matrices in the model's type."""
+    leaves, size = jax.tree.leaves(parts.param_shapes()), jnp.dtype(parts.model.config.dtype).itemsize
+    return count_samplers(parts) * sum(leaf.size * (size if leaf.ndim > 1 else 4) for leaf in leaves)
+
+
 def cache_bytes(parts: Parts) -> int:
-    """Bytes of the samplers' keys and values on each device of this process; each temperature has its samplers."""
+    """Bytes of the samplers' keys and values on each device of this process."""
     config, rows = parts.model.config, parts.sampler.rows // parts.sampler_mesh().size
     slots = row_slots(parts.sampler, make_buckets(parts.sampler, rows, config.context))
-    temperatures = {parts.sampler.temperature, parts.config.get("grpo", parts.sampler).temperature}
-    return len(temperatures) * parts.workers * rows * slots * bytes_per_id(config)
+    return count_samplers(parts) * rows * slots * bytes_per_id(config)
 
 
 def plan(parts: Parts) -> dict[str, typing.Any]:
@@ -70,6 +81,8 @@ def plan(parts: Parts) -> dict[str, typing.Any]:
         "devices": parts.mesh.size,
         "state_bytes_per_device": state,
         "gradient_bytes_per_device": gradients,
+        "reference_bytes_per_device": gradients if "grpo" in parts.config else 0,  # GRPO's start, kept
+        "sampler_parameter_bytes_per_device": sampler_parameter_bytes(parts),
         "cache_bytes_per_device": cache_bytes(parts),
         "flops_per_token": flops,
         "steps": parts.config.optimizer.steps,

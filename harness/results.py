@@ -61,7 +61,7 @@ class Evaluation:
     temperature: float
     sampling: dict[str, float]  # top_k, top_p
     context: int
-    concurrent: int  # rollouts in flight; 0 is all
+    concurrent: int  # rollouts that start together; 0 is all
     n: int  # problems
     samples: int  # rollouts per problem
     correct: int
@@ -89,6 +89,7 @@ class Evaluation:
     parameters: str  # fingerprint
     problem_set: str  # fingerprint
     results: list[Result]
+    split: str = "heldout"  # or "unseen"; earlier evaluations do not say so
 
     def headline(self) -> dict[str, typing.Any]:
         """All fields but the results of single rollouts."""
@@ -137,6 +138,7 @@ def read(data: bytes, where: str) -> list[Evaluation]:
         if "results" not in value:
             continue
         try:
+            value = {"split": "heldout", **value}
             fields = {field.name: value[field.name] for field in dataclasses.fields(Evaluation)}
             results = [Result(**result) for result in fields["results"]]
         except (KeyError, TypeError) as error:

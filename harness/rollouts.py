@@ -69,8 +69,8 @@ class RolloutPool:
     ) -> list[Rollout]:
         """`samples` rollouts of each problem, in order, as the configuration evaluates.
 
-        `concurrent` of them are in flight (0: all). `on_rollout` is called after each rollout. Raises Interrupted, with
-        those that are done, on Ctrl-C.
+        `concurrent` of them start together (0: all). `on_rollout` is called after each rollout. Raises Interrupted,
+        with those that are done, on Ctrl-C.
         """
         requests = [Request(problem, index) for problem in problems for index in range(samples)]
         temperature, seed = self.parts.sampler.temperature, (self.parts.evaluation.seed,)
@@ -79,6 +79,6 @@ class RolloutPool:
         for start in range(0, len(requests), together):
             try:
                 done += self.run(params, temperature, requests[start : start + together], seed, on_rollout)
-            except Interrupted as interrupt:
-                raise Interrupted(done + interrupt.rollouts) from interrupt
+            except KeyboardInterrupt as stop:  # within a run, or between two
+                raise Interrupted(done + getattr(stop, "rollouts", [])) from stop
         return done

@@ -30,7 +30,7 @@ T = typing.TypeVar("T")
 Estimate = tuple[float, float, float]  # value, and the ends of its interval
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson(correct: float, n: int) -> tuple[float, float]:
     """Score interval of a share (Wilson, 1927)."""
     share, spread = correct / n, Z * Z / n
     centre = (share + spread / 2) / (1 + spread)
@@ -46,9 +46,12 @@ def normal(values: Sequence[float]) -> Estimate:
 
 
 def mean_with_interval(values: Sequence[float]) -> Estimate:
-    """Mean of one share per problem; Wilson's interval where every value is 0 or 1, else the normal one."""
-    if all(value in (0, 1) for value in values):
-        return sum(values) / len(values), *wilson(round(sum(values)), len(values))
+    """Mean of one share per problem; Wilson's interval where all are 0 or 1, or equal, else the normal one.
+
+    Equal values have no spread that could tell how far the mean may be off.
+    """
+    if all(value in (0, 1) for value in values) or len({*values}) == 1:
+        return sum(values) / len(values), *wilson(sum(values), len(values))
     value, low, high = normal(values)
     return value, max(0.0, low), min(1.0, high)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import sft
 from configs import apr, common, direct, sos, sosp
 from configs import grpo as rl
-from harness.build import build
+from harness.build import build, check_targets
 from harness.evaluation import report
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
@@ -48,6 +48,39 @@ def one_device(module: types.ModuleType, preset: str) -> ConfigDict:
 
 def recipe(name: str) -> types.ModuleType:
     return importlib.import_module(f"configs.{name}")
+
+
+# ------------------------------------------------------------------- fields that do not go together
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mesh.data": 2}, "model.attention='pallas' runs on one device, a GPU, not on 2 of cpu: use 'blocks'"),
+        ({"model.head_width": 48}, "model.attention='pallas' needs a power of two from 16 as model.head_width, not 48"),
+        ({"model.head_width": 8}, "not 8"),
+    ],
+)
+def test_where_the_kernel_cannot_run(fields, words):
+    config = one_device(apr, "smoke")
+    config.model.attention = "pallas"
+    build(config)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build(config)
+
+
+def test_targets_are_unseen_only_where_no_parameters_met_them():
+    config, start = apr.get_config("smoke"), apr.get_config("smoke")
+    check_targets(config, start)
+    start.problems.unseen_targets = 0.2
+    for share in (0.0, 0.1, 0.2):  # the targets of a smaller share are among those of a larger one
+        config.problems.unseen_targets = share
+        check_targets(config, start)
+    config.problems.unseen_targets = 0.3
+    with pytest.raises(ValueError, match=r"unseen_targets=0\.3: the run met some of these \(its share is 0\.2\)"):
+        check_targets(config, start)
+    check_targets(ConfigDict({}), {})  # a task without such a share
 
 
 # ------------------------------------------------------------------- every preset

@@ -23,9 +23,9 @@ from configs import apr
 from countdown.domain import CountdownDomain
 from countdown.grader import Problem
 from countdown.task import record
-from harness import evaluation, stats
+from harness import evaluation, problems, stats
 from harness.build import build
-from harness.cli import UsageError
+from harness.cli import Stopped, UsageError
 from harness.rollouts import RolloutPool
 from harness.show import show
 from harness.workdir import read_config
@@ -205,6 +205,51 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
     assert "interrupted: 5 rollouts are done" in capsys.readouterr().err
 
 
+def test_rollouts_that_are_done_survive_a_signal_after_the_last_of_them(scripted, tmp_path, monkeypatch):
+    """The first time it comes while the demonstrator searches, the second time nothing comes."""
+    whole, calls = evaluation.failures, []
+
+    def cut(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise Stopped(15)
+        return whole(*arguments)
+
+    monkeypatch.setattr(evaluation, "failures", cut)
+    with pytest.raises(parallel_runtime.Interrupted):
+        evaluation.report(scripted, None, scripted.test_set(), tmp_path, 7)
+    (entry,) = json.loads((tmp_path / "interrupted.json").read_text())
+    assert entry["n"] == 16 and not (tmp_path / "eval.json").exists()
+
+
+def test_rollouts_that_are_done_survive_a_signal_between_batches(scripted, monkeypatch):
+    whole, calls = scripted.runtimes, []
+
+    def cut(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped(15)
+        return whole(*arguments)
+
+    monkeypatch.setattr(scripted, "runtimes", cut)
+    with pytest.raises(parallel_runtime.Interrupted) as caught:
+        scripted.solve(None, scripted.test_set(), concurrent=2)
+    assert [rollout.problem for rollout in caught.value.rollouts] == list(scripted.test_set()[:4])
+
+
+def test_a_demonstrator_does_not_search_problems_larger_than_its_familys(scripted):
+    """One problem of six numbers may take it minutes."""
+    assert scripted.domain.demonstrators([Problem((3, 7, 25, 50, 75, 100), 952)], 512) == []
+    assert evaluation.at_equal_compute([], {"children": 1.0}) is None
+
+
+def test_costs_are_of_a_rollout_where_a_problem_has_several(scripted):
+    whole, _ = evaluation.measure(scripted, None, scripted.test_set(), "APR", 7)
+    assert "total tokens per problem" in evaluation.table(whole)
+    several = dataclasses.replace(whole, samples=2, pass_at={"2": (0.5, 0, 1)}, cons_at={"2": (0.5, 0, 1)})
+    assert "total tokens per rollout" in evaluation.table(several) and "per problem" not in evaluation.table(several)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, monkeypatch, stopped):
     seen: list[Any] = []
@@ -348,40 +393,65 @@ BAD_ENTRIES = {
 def test_a_bad_entry_is_named(tmp_path, entry):
     path = problems_file(tmp_path, f'[{{"numbers": [1, 2], "target": 3}}, {entry}]')
     with pytest.raises(UsageError, match="entry 1") as caught:
-        evaluate.read_problems(path, CountdownDomain)
+        problems.read_problems(path, CountdownDomain)
     assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", "null", '{"numbers": [1, 2], "target": 3}'])
 def test_a_file_that_is_no_list_of_problems_says_what_it_must_hold(tmp_path, text):
     with pytest.raises(UsageError, match=r'must hold a list of \{"numbers"'):
-        evaluate.read_problems(problems_file(tmp_path, text), CountdownDomain)
+        problems.read_problems(problems_file(tmp_path, text), CountdownDomain)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[{'numbers': [1, 2], 'target': 3}]", "\x00"])
 def test_a_file_that_is_not_json_says_so(tmp_path, text):
     with pytest.raises(UsageError, match=r"problems.json is not JSON"):
-        evaluate.read_problems(problems_file(tmp_path, text), CountdownDomain)
+        problems.read_problems(problems_file(tmp_path, text), CountdownDomain)
 
 
 def test_a_file_that_is_not_text_says_so(tmp_path):
     (tmp_path / "problems.json").write_bytes(b"\xff\xfe[\xff]")
     with pytest.raises(UsageError, match=r"problems.json"):
-        evaluate.read_problems(str(tmp_path / "problems.json"), CountdownDomain)
+        problems.read_problems(str(tmp_path / "problems.json"), CountdownDomain)
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):
     with pytest.raises(UsageError, match=r"nothing.json"):
-        evaluate.read_problems(str(tmp_path / "nothing.json"), CountdownDomain)
+        problems.read_problems(str(tmp_path / "nothing.json"), CountdownDomain)
+
+
+def test_a_problem_that_is_there_twice_is_named(tmp_path):
+    path = problems_file(tmp_path, '[{"numbers": [1, 2], "target": 3}, {"numbers": [2, 1], "target": 3}, {"numbers": [1, 2], "target": 3}]')
+    with pytest.raises(UsageError, match="entry 2 is entry 0 again: leave one of them out"):
+        problems.read_problems(path, CountdownDomain)
 
 
 def test_good_problems_are_read_in_order(tmp_path, capsys):
     path = problems_file(tmp_path, '[{"numbers": [7, 2, 19], "target": 31}, {"target": 3, "numbers": [2, 1]}]')
-    assert evaluate.read_problems(path, CountdownDomain) == [Problem((7, 2, 19), 31), Problem((2, 1), 3)]
+    assert problems.read_problems(path, CountdownDomain) == [Problem((7, 2, 19), 31), Problem((2, 1), 3)]
     assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.evaluation.samples=8", "--config.sampler.temperature=1"], "not evaluation.samples=8: use --problems"),
+        (["--config.model.context=16"], "model.context=16 is too small for a prompt of 35 ids: raise it"),
+        (["--record=no/such/folder/trace.json"], "--record=no/such/folder/trace.json is in no folder: make it first"),
+    ],
+)
+def test_what_does_not_go_with_one_problem_is_one_sentence(arguments, words, command: Callable):
+    ended = command(evaluate, "--numbers=" + ",".join(["123456789"] * 6), "--target=3", *arguments, *SMALL[:2])
+    assert ended.status == 2 and words in ended.err and ended.err.count("error") == 1 and not ended.out
+
+
+def test_the_config_is_that_of_the_workdir_wherever_it_is_named(tmp_path):
+    (tmp_path / "flags").write_text(f"--workdir={ROOT / 'pretrained/sosp'}\n")
+    words = [[f"--flagfile={tmp_path / 'flags'}"], [f"--workdir={ROOT / 'pretrained/sosp'}"], ["--numbers=1,2"]]
+    assert [evaluate.stored_config(["evaluate.py", *some]).name for some in words] == ["sosp", "sosp", "apr"]
 
 
 def test_the_command_evaluates_a_problems_file(smoke_run, command: Callable, tmp_path):
@@ -474,7 +544,8 @@ def test_another_evaluation_does_not_replace_the_runs_own(smoke_run, command, tm
     ended = command(evaluate, f"--workdir={smoke_run.path}", "--config.mesh.data=1", "--config.sampler.temperature=1")
     assert ended.status == 0, ended.err
     assert (smoke_run.path / "eval.json").read_text() == before
-    assert json.loads((tmp_path / "runs/evaluation/eval.json").read_text())[0]["temperature"] == 1
+    (elsewhere,) = (tmp_path / "runs").glob("evaluation-*/eval.json")
+    assert json.loads(elsewhere.read_text())[0]["temperature"] == 1
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(
@@ -511,6 +582,7 @@ def test_budgets_kept_are_counted_by_hand():
         config = one_device("laptop")
         config.limits.thread_tokens = 50
         config.demonstrator.token_bin = 50
+        config.demonstrator.method = "sosp" if field == "budget.tokens" else "apr"
         config.update_from_flattened_dict({field: value})
         held = evaluation.adherence(build(config), [rollout, alone])
         assert held and (held["used"], held["within"]) == (used, within), field

@@ -5,6 +5,7 @@ import pytest
 from examples import products, threads_without_a_model
 from examples.threads_without_a_model import ScriptedEngine
 from harness import tasks
+from harness.build import build
 from parallel_runtime import Limits, Runtime
 from protocols import Request
 from tests.parallel_runtime_test import calculate
@@ -54,6 +55,13 @@ def test_splits_never_meet_and_problems_are_read_back(domain):
             domain.from_json(wrong)
     with pytest.raises(ValueError, match="widen problems.high"):
         domain.problems("heldout", 10**6)
+
+
+def test_budget_forcing_needs_a_task_that_has_it():
+    config = products.get_config()
+    config.limits.min_budget_rounds = 1
+    with pytest.raises(ValueError, match="products has no budget forcing: limits.min_budget_rounds"):
+        build(config)
 
 
 def test_an_unknown_task_is_refused():

@@ -25,14 +25,13 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import evaluate
 import solver
 from analysis import choose, viewer
 from configs import apr
 from countdown.grader import Problem, grade_path
 from countdown.language import Tokenizer, parse
 from countdown.task import Countdown, record
-from harness import files, grid, huggingface, results
+from harness import files, grid, huggingface, problems, results
 from harness.build import build
 from harness.cli import UsageError, _config_errors, usage_errors
 from harness.workdir import read_config
@@ -166,7 +165,7 @@ def problem_files(folder: pathlib.Path) -> Case:
         value = mutated(rng, good) if rng.random() < 0.7 else odd_json(rng)
         data = json.dumps(value).encode()
         file.write_bytes(damaged(rng, data) if rng.random() < 0.3 else data)
-        return evaluate.read_problems(str(file), domain)
+        return problems.read_problems(str(file), domain)
 
     return case
 
@@ -231,7 +230,7 @@ def recorded(folder: pathlib.Path) -> Case:
         run / "config.json": json.dumps(results.signed(small().to_dict())),
         run / "eval.json": json.dumps([results.signed(entry)]),
         run / "metrics.jsonl": '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n',
-        folder / "only.json": json.dumps(results.signed({"flags": [*point.flags], "result": {"accuracy": 0.5}})),
+        folder / "only.json": json.dumps(results.signed({"command": "sft.py", "flags": [*point.flags], "result": {"accuracy": 0.5}})),
     }
     for file, text in texts.items():
         file.write_text(text)
@@ -240,7 +239,7 @@ def recorded(folder: pathlib.Path) -> Case:
         run / "config.json": lambda: read_config(run),
         run / "metrics.jsonl": lambda: choose.read_logs([str(run)]),
         run / "eval.json": lambda: choose.read_entries(run / "eval.json"),
-        folder / "only.json": lambda: grid.ended(point, folder),
+        folder / "only.json": lambda: grid.ended("sft.py", point, folder),
         archive: lambda: [choose.read_entries(path) for path in results.evaluations(folder) if isinstance(path, zipfile.Path)],
     }
     whole = {file: (file.read_bytes(), read()) for file, read in readers.items()}

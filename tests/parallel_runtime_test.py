@@ -19,7 +19,7 @@ import records
 from examples.products import Products
 from examples.threads_without_a_model import Script, ScriptedEngine, Toy, logprobs, text
 from parallel_runtime import Limits, Run, Runtime
-from protocols import Completion, PrefillRequest, Request
+from protocols import Completion, PrefillRequest, Request, Spawn
 from records import Rollout, Thread
 
 LIMITS = Limits(children=4, spawns=4, depth=1, thread_tokens=100, rollout_tokens=1000)
@@ -154,6 +154,12 @@ def test_a_malformed_spawn_ends_the_thread_and_says_why(block: str, detail: str)
     assert (root.stop, root.detail, root.spawns) == (records.MALFORMED, detail, [])
     child = solo({"p:": "<a>", "a:": block, "p:[!]": "."}, limits=dataclasses.replace(LIMITS, depth=2)).spawns[0][0]
     assert (child.stop, child.detail) == (records.MALFORMED, detail)
+
+
+def test_a_spawn_of_no_children_is_malformed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "spawn", lambda task, ids: Spawn(0, []))
+    root = solo({"p:": "<a>"})
+    assert (root.stop, root.detail, root.spawns) == (records.MALFORMED, "no child", [])
 
 
 # ------------------------------------------------------------------- bounds

@@ -193,7 +193,7 @@ def test_results_on_different_problems_are_never_mixed(changed, tmp_path):
     assert len(choose.read_results([str(tmp_path / "b")])) == 1
 
 
-FIELDS = [field.name for field in dataclasses.fields(Evaluation) if field.name != "results"]
+FIELDS = [field.name for field in dataclasses.fields(Evaluation) if field.name not in ("results", "split")]
 FIELDS += [f"results.{field.name}" for field in dataclasses.fields(Result)]
 
 
@@ -403,10 +403,18 @@ def test_rl_pairs_the_same_temperature_and_budget():
     assert [*charts.rl([*entries, warm[1]]).panels] == ["temperature 0", "temperature 1"]
 
 
-def test_rl_pairs_the_same_seed_if_it_can():
+def test_rl_is_paired_with_no_run_that_it_may_not_have_started_from():
     before = [entry(training_seed=seed, parameters=str(seed)) for seed in (0, 1)]
     after = [entry("APR RL", training_seed=seed, parameters=f"{seed} RL") for seed in (1, 2)]
-    assert choose.rl_pairs(before + after) == [(before[1], after[0]), (before[0], after[1])]
+    assert choose.rl_pairs(before + after) == []
+    assert choose.rl_pairs(before[:1] + after) == [(before[0], after[0]), (before[0], after[1])]
+    assert [row["training seed"] for row in rows_of(tables.rl_table(before[:1] + after))] == [1, 2]
+
+
+def test_rl_is_paired_with_the_same_sampling():
+    plain, nucleus = entry(), entry("APR, top_p 0.9")
+    after = [entry("APR RL"), entry("APR RL, top_p 0.9"), entry("APR RL fixed, top_p 0.9")]
+    assert choose.rl_pairs([plain, nucleus, *after]) == [(plain, after[0]), (nucleus, after[1]), (nucleus, after[2])]
 
 
 def test_solved_within_by_hand():
@@ -521,7 +529,7 @@ def test_rl_table_by_hand():
     before = entry(correct=(True, False, True, False), costs={"tokens": 100, "sequential": 60, "children": 3})
     after = entry("APR RL", correct=(True,) * 4, costs={"tokens": 160, "sequential": 70, "children": 4})
     (row,) = rows_of(tables.rl_table([before, after]))
-    assert row["method"] == "APR" and row["accuracy"].startswith("0.500 (") and " → 1.000 (" in row["accuracy"]
+    assert row["method"] == "APR RL" and row["accuracy"].startswith("0.500 (") and " → 1.000 (" in row["accuracy"]
     assert row["difference"] == "+0.500 (-0.066 to +1.066)"
     assert row["total tokens"] == "100 ± 0 → 160 ± 0" and row["sequential tokens"] == "60 ± 0 → 70 ± 0"
     assert row["child threads"] == "3.0 ± 0.0 → 4.0 ± 0.0"

@@ -20,7 +20,7 @@ from examples import products
 from harness import tasks
 from harness.cli import UsageError
 from harness.show import show_call
-from records import MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
+from records import END, MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
 from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
@@ -264,6 +264,14 @@ def test_the_page_holds_the_costs_and_the_threads_by_hand():
     last = data["threads"][0]["calls"][-1]
     assert last["start"] + last["tokens"] == sequential
     assert last["why"] == "ended by itself"
+
+
+def test_a_spawn_belongs_to_the_call_that_asked_for_it():
+    """A root that was forced to go on: its first call ended, the second spawned, the third read the join."""
+    rollout = hand_built()
+    rollout.root.calls.insert(0, Call(0, [5, 6], [7, 8], stop=END))
+    data = viewer.page_data(viewer.Trace(rollout, "apr", "countdown", TOKENIZER))
+    assert [thread["spawned"] for thread in data["threads"]] == [[1], [], []]
 
 
 def test_text_in_the_data_cannot_leave_its_element():

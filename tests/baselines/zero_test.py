@@ -252,6 +252,19 @@ def test_what_cannot_work_is_refused(preset, field, value, message):
 # ------------------------------------------------------------------- habits, and both stages
 
 
+def test_draws_that_cannot_succeed_end():
+    """Of 2 to 9 every product is a partial one, which is a training problem; no expression of 928 and 949 is one."""
+    config = zero.get_config("multiply-64")
+    config.problems.low, config.problems.high = 2, 9
+    domain = tasks.part("zero", "domain")(config)
+    assert domain.problem("train", 0, 0).target
+    with pytest.raises(ValueError, match=r"no heldout product of numbers from 2 to 9: widen problems\.high"):
+        domain.problem("heldout", 0, 0)
+    domain = tasks.part("zero", "domain")(zero.get_config("countdown-64"))
+    with pytest.raises(ValueError, match=r"no value of \(928, 949\) up to 999 is a training problem's"):
+        domain.line((928, 949), random.Random(0))
+
+
 def test_habits_are_counted_line_by_line():
     response = "2+5=7;2+5+7=14=17?no;7*5=35=17?no;(5*2)+7=17=17?yes</think><answer>(5*2)+7</answer><end>"
     counted = zero.habits(rolled(response), LANGUAGE)

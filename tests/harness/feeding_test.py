@@ -110,6 +110,16 @@ def test_workers_end_with_their_feeder():
     assert all(process.poll() is not None for process in processes)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_no_worker(number):
+    feeder = feeding.Feeder(build(config()).domain, config(), 0, 1)
+    feeder.next()  # it is at work, and ignores them
+    feeder._workers[0].process.send_signal(number)
+    for _ in range(3 * feeding.AHEAD):
+        feeder.next()
+    assert feeder._workers[0].process.poll() is None
+
+
 def test_a_worker_is_only_so_far_ahead():
     """The queue and the pipe are bounded, so the made demonstrations are."""
     feeder = feeding.Feeder(build(config()).domain, config(), 0, 1)

@@ -28,7 +28,7 @@ class Runner:
         if run.name in self.failing:
             return "status 2: error: no"
         result = {"accuracy": len(self.ran) / 10, "interval": [0.05, 0.5], "children": 2.0}
-        stored = results.signed({"flags": list(run.flags), "result": result})
+        stored = results.signed({"command": command, "flags": list(run.flags), "result": result})
         (output / f"{run.name}.json").write_text(json.dumps(stored))
         return ""
 
@@ -123,11 +123,18 @@ def test_runs_are_processes_with_a_workdir_and_a_log(tmp_path, capsys):
     output = tmp_path / "out"
     assert grid.main([f"--output={output}", f"--command={script}", "--config.seed=0,1,2"]) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["seed=1", "seed=2"]
-    stored = {"flags": ["--config.seed=0"], "result": {"accuracy": 0.5}}
+    stored = {"command": str(script), "flags": ["--config.seed=0"], "result": {"accuracy": 0.5}}
     assert json.loads((output / "seed=0.json").read_text()) == results.signed(stored)
     assert (output / "seed=0").is_dir() and (output / "seed=0.log").read_text().startswith("working")
     text = (output / "table.md").read_text()
     assert "status 1: error: seed 1 is unlucky" in text and "its last line is no JSON object: no JSON" in text
+
+
+def test_runs_of_another_command_are_not_taken_for_these(tmp_path, capsys):
+    grid.main([f"--output={tmp_path}", *FLAGS], Runner())
+    runner = Runner()
+    assert grid.main([f"--output={tmp_path}", "--command=grpo.py", *FLAGS], runner) == 2 and runner.ran == []
+    assert "is of another grid (grpo.py, sft.py): choose another --output" in capsys.readouterr().err
 
 
 def test_the_figure_is_drawn(tmp_path, monkeypatch):

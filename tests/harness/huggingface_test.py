@@ -222,6 +222,13 @@ def test_log_and_evaluation_are_copied(tmp_path):
         huggingface.load(tmp_path / "out", params)
 
 
+def test_rounded_parameters_have_no_evaluation_yet(tmp_path):
+    write(tmp_path / "whole", source=PRETRAINED)
+    write(tmp_path / "rounded", dtype="bfloat16", source=PRETRAINED)
+    found = [(tmp_path / name / "eval.json").exists() for name in ("whole", "rounded")]
+    assert found == [True, False] and (tmp_path / "rounded" / "metrics.jsonl").exists()
+
+
 def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("do not lose me")
@@ -505,7 +512,7 @@ def test_an_evaluation_of_it_is_written_elsewhere(exported, command: Callable, t
     monkeypatch.chdir(tmp_path)
     ended = command(evaluate, f"--workdir={exported}")
     assert ended.status == 0, ended.err
-    assert contents(exported) == before and (tmp_path / "runs" / "evaluation" / "eval.json").exists()
+    assert contents(exported) == before and len([*tmp_path.glob("runs/evaluation-*/eval.json")]) == 1
 
 
 def test_no_run_begins_in_an_exported_folder(exported, command: Callable):

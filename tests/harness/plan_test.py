@@ -9,7 +9,14 @@ import pytest
 import sft
 from configs import apr
 from harness.build import Parts, build
-from harness.plan import cache_bytes, flops_per_token, matrix_parameters, plan, state_bytes
+from harness.plan import (
+    cache_bytes,
+    flops_per_token,
+    matrix_parameters,
+    plan,
+    sampler_parameter_bytes,
+    state_bytes,
+)
 from harness.rollouts import RolloutPool
 from model import ModelConfig
 from packing import TokenBatch
@@ -42,8 +49,14 @@ def test_the_cache_by_hand():
     runtimes = RolloutPool(parts).runtimes(params, 0.0)
     held = [leaf for runtime in runtimes for leaf in jax.tree.leaves(runtime.engine._history)]
     assert cache_bytes(parts) == sum(leaf.nbytes for leaf in held) // parts.sampler_mesh().size
+    assert sampler_parameter_bytes(parts) == sum(
+        leaf.nbytes // parts.sampler_mesh().size if leaf.sharding.spec else leaf.nbytes
+        for runtime in runtimes
+        for leaf in jax.tree.leaves(runtime.engine._params)
+    )
     with parts.config.unlocked():
         parts.config.grpo = {"temperature": 1.0}  # rollouts at 1, validation at 0
+    assert sampler_parameter_bytes(parts) == 2 * 2 * 4 * parts.parameter_count()  # two workers
     assert cache_bytes(parts) == 2 * 16 * (512 + 128) * 2 * 2 * 16 * 2 * 4
 
 

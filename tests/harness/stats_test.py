@@ -113,6 +113,11 @@ def test_a_summary_of_samples_counts_problems_not_samples():
     assert summary["pass_at"]["2"] == stats.mean_with_interval([1.0, 1.0, 0.0] * 3) == (2 / 3, *stats.wilson(6, 9))
 
 
+def test_equal_shares_have_no_interval_of_width_zero():
+    assert stats.mean_with_interval([0.5]) == (0.5, *stats.wilson(0.5, 1))
+    assert stats.mean_with_interval([0.75] * 4) == (0.75, *stats.wilson(3, 4))
+
+
 def test_the_interval_of_shares_stays_among_shares_and_that_of_costs_is_no_share():
     assert stats.mean_with_interval([1.0] * 15 + [0.875])[2] == 1.0 and stats.mean_with_interval([0.0] * 15 + [0.125])[1] == 0.0
     assert stats.normal([1.0] * 16) == (1.0, 1.0, 1.0)
