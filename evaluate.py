@@ -79,8 +79,8 @@ def solve_one(pool: RolloutPool, params: typing.Any, problem: typing.Any) -> Rol
 
 def stored_config(argv: Sequence[str]) -> ConfigDict:
     """The config of the run named by --workdir on the command line, else of the shipped checkpoint."""
-    words = "\n".join(flags.FLAGS.read_flags_from_files(argv))  # of --flagfile
-    named = re.findall(r"^--?workdir[=\n](.*)", words, re.MULTILINE)  # absl takes --workdir=X and --workdir X
+    words = flags.FLAGS.read_flags_from_files(argv)  # of --flagfile. absl takes --workdir=X and --workdir X
+    named = re.findall(r"^--?workdir[=\n](.*)", "\n".join(words), re.MULTILINE)
     return ConfigDict(read_config((named and named[-1]) or PRETRAINED))
 
 
@@ -117,8 +117,7 @@ def check_flags(args: flags.FlagValues) -> None:
 def chosen_problems(args: flags.FlagValues, parts: Parts) -> Sequence[typing.Any]:
     """The problems that the flags name: one, those of a file, or the held-out set."""
     if args.numbers is not None:
-        samples = parts.evaluation.samples
-        require(samples == 1, f"--numbers runs one rollout, not evaluation.samples={samples}: use --problems")
+        require((n := parts.evaluation.samples) == 1, f"--numbers is one rollout, not evaluation.samples={n}")
         entry = {"numbers": [int(number) for number in args.numbers], "target": args.target}
         return [read_problem(entry, "the problem", parts.domain)]
     return read_problems(args.problems, parts.domain) if args.problems else parts.test_set()
@@ -134,6 +133,8 @@ def main(_: list[str]) -> None:
         plan = sweep.points(args.sweep.entries, config_flags.get_override_values(args["config"]))
         return sweep.run(plan, pathlib.Path(args.output or f"runs/{args.sweep.name}"))
     source = pathlib.Path(args.workdir or PRETRAINED)
+    if args.numbers is not None:  # of one problem compiling takes the most time: few functions, whatever they compute
+        args.config.sampler.update(buckets="coarse", length_bucket=args.config.model.context)
     with usage_errors():
         parts = build(args.config)
         check_targets(args.config, read_config(source))
@@ -144,9 +145,8 @@ def main(_: list[str]) -> None:
     if args.numbers is None:
         as_it_is = not args.problems and json.loads(args.config.to_json()) == read_config(source)
         own = args.workdir and not holds_model(source) and as_it_is  # what was exported stays as it is
-        asked = f"{source} {args.problems} {args.config.to_json(sort_keys=True)}".encode()
-        elsewhere = ELSEWHERE + hashlib.blake2b(asked, digest_size=4).hexdigest()
-        output = pathlib.Path(args.output or (source if own else elsewhere))
+        asked = hashlib.blake2b(f"{source} {args.problems} {args.config}".encode(), digest_size=4).hexdigest()
+        output = pathlib.Path(args.output or (source if own else ELSEWHERE + asked))
         report(pool, params, problems, output, result["step"])
         return None
     rollout = solve_one(pool, params, problems[0])

@@ -97,7 +97,7 @@ class Parts:
         return sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes()))
 
     def test_set(self) -> Sequence[typing.Any]:
-        """Held-out problems of the final evaluation. They choose nothing."""
+        """Held-out problems of the final evaluation. They choose no checkpoint."""
         return self.domain.problems(self.evaluation.split, self.evaluation.problems)
 
     def validation_set(self) -> Sequence[typing.Any]:

@@ -438,7 +438,7 @@ def test_good_problems_are_read_in_order(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.evaluation.samples=8", "--config.sampler.temperature=1"], "not evaluation.samples=8: use --problems"),
+        (["--config.evaluation.samples=8", "--config.sampler.temperature=1"], "--numbers is one rollout, not evaluation.samples=8"),
         (["--config.model.context=16"], "model.context=16 is too small for a prompt of 35 ids: raise it"),
         (["--record=no/such/folder/trace.json"], "--record=no/such/folder/trace.json is in no folder: make it first"),
     ],
