@@ -202,7 +202,7 @@ def test_forked_rows_go_on_as_a_fresh_prefill_would_and_feed_nothing_again():
     fresh.prefill([PrefillRequest(row, 0, ids, (row, 9), len(lines[plan[row]]), 12) for row, ids in starts.items()])
     assert fresh.drain() == {row: completion.ids for row, completion in drawn.items()}
     assert drawn[2].ids != drawn[7].ids  # copies of one row with keys of their own
-    ids_RT = reward.padded([starts[row] + completion.ids for row, completion in drawn.items()], len(drawn))
+    ids_RT = reward.padded([starts[row] + completion.ids for row, completion in drawn.items()], len(drawn), 512)
     positions_RT, until_RT = (
         np.broadcast_to(np.arange(ids_RT.shape[1]), ids_RT.shape),
         np.full_like(ids_RT, ids_RT.shape[1]),
@@ -279,7 +279,7 @@ def test_the_reward_model_says_one_half_before_and_the_labels_after_training():
     good, bad = TASK.tokenizer.encode(STATE + FIRST), TASK.tokenizer.encode(STATE + FIRST + SECOND)
     states = [(PROBLEM, good), (PROBLEM, bad), (PROBLEM, good)]
     assert reward.learned(parts.model, fresh, states) == [0.5, 0.5, 0.5]
-    ids_RT = reward.padded([good, bad], 2)
+    ids_RT = reward.padded([good, bad], 2, 512)
     label_RT, is_end_RT = np.zeros(ids_RT.shape, np.float32), np.zeros(ids_RT.shape, bool)
     is_end_RT[0, len(good) - 1] = is_end_RT[1, len(bad) - 1] = label_RT[0, len(good) - 1] = True
     seen: list[float] = []
@@ -314,7 +314,7 @@ def test_the_command_trains_a_reward_searches_and_writes_what_it_found(
     line = json.loads(ended.out.splitlines()[-1])
     assert (line["n"], line["checkpoint"], line["children"], line["width"]) == (2, 7, 0, 4)
     assert line["accuracy"] == line["votes"]["best"][0] and line["total_tokens"] >= line["sequential_tokens"] > 0
-    stored = json.loads((run / "rebase-learned-4-paper.json").read_text())
+    stored = json.loads((run / "rebase-learned-4-paper-2-0.json").read_text())
     assert len(stored.pop("results")) == 2 and stored == line
     (run / "reward" / "2" / "checksums.json").write_text("{}")
     ended = command(rebase, at, "--problems=2")
@@ -345,3 +345,8 @@ def test_random_rewards_depend_on_seed_and_text_alone():
     states = [(PROBLEM, [1, 2]), (PROBLEM, [1, 3]), (PROBLEM, [1, 2])]
     first, second, third = reward.lots(0, states)
     assert first == third != second and reward.lots(1, states)[0] != first
+
+
+def test_rows_are_padded_within_the_context():
+    assert reward.padded([[1] * 3, [2] * 17], 3, 60).tolist() == [[1] * 3 + [0] * 29, [2] * 17 + [0] * 15, [0] * 32]
+    assert reward.padded([[1] * 59], 1, 60).shape == (1, 60)
