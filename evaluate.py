@@ -24,7 +24,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 import re
@@ -41,6 +40,7 @@ from checks import require
 from harness.build import Parts, build, check_prompts, check_targets
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
+from harness.files import digest
 from harness.huggingface import holds_model
 from harness.problems import read_problem, read_problems
 from harness.processes import launch
@@ -137,15 +137,16 @@ def main(_: list[str]) -> None:
         args.config.sampler.update(buckets="coarse", length_bucket=args.config.model.context)
     with usage_errors():
         parts = build(args.config)
-        check_targets(args.config, read_config(source))
+        kept = read_config(source)
+        check_targets(args.config, kept)
         problems = chosen_problems(args, parts)
         check_prompts(parts, problems)
     params, result = load_best(source, parts.param_shapes())
     pool = RolloutPool(parts)
     if args.numbers is None:
-        as_it_is = not args.problems and json.loads(args.config.to_json()) == read_config(source)
-        own = args.workdir and not holds_model(source) and as_it_is  # what was exported stays as it is
-        asked = hashlib.blake2b(f"{source} {args.problems} {args.config}".encode(), digest_size=4).hexdigest()
+        # What was exported stays as it is, and so does a run that other problems or fields are asked of.
+        own = args.workdir and not (args.problems or holds_model(source)) and json.loads(args.config.to_json()) == kept
+        asked = digest(f"{source} {args.problems} {args.config}".encode())
         output = pathlib.Path(args.output or (source if own else ELSEWHERE + asked))
         report(pool, params, problems, output, result["step"])
         return None

@@ -31,7 +31,7 @@ class Spawn:
     """A parsed spawn block. `start` is the index of its first id in the thread: the rewind point."""
 
     start: int
-    prompts: list[list[int]]  # of the children
+    prompts: list[list[int]]  # of the children, at least one
 
 
 class Task(typing.Protocol):

@@ -147,7 +147,7 @@ class Sampler:
 
     def update(self, params: typing.Any) -> None:
         """Takes new parameters of the same shapes. Rows keep what they have cached under the old ones."""
-        self._params = jax.device_put(_cast(params, self.model.config.dtype), NamedSharding(self.mesh, PartitionSpec()))
+        self._params = jax.device_put(cast(params, self.model.config.dtype), NamedSharding(self.mesh, PartitionSpec()))
 
     def reset(self) -> None:
         """Stops and empties every row, even after an exception that left no history behind."""
@@ -303,7 +303,7 @@ class Sampler:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(params: typing.Any, dtype: str) -> typing.Any:
+def cast(params: typing.Any, dtype: str) -> typing.Any:
     """Matrices in the type that they are computed in; the scales of norms stay float32."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 

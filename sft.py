@@ -165,8 +165,8 @@ def main(_: list[str]) -> None:
             print(json.dumps(plan(parts)))
             return
         DemonstrationStream(parts)  # raises where no demonstration fits
+        start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
         check_targets(config, read_config(config.init) if config.init else config)
-    start_params = load_best(config.init, parts.param_shapes())[0] if config.init else None
     told = f"{parts.parameter_count() / 1e6:.2f}M parameters, {config.optimizer.steps} steps"
     command.run(parts, told, lambda _: Imitation(parts), lambda pool, workdir: train(pool, workdir, start_params))
 

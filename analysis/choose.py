@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 
@@ -154,8 +155,7 @@ def rl_pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     """
     pairs = []
     for after in (e for e in whole(entries) if " RL" in e.label):
-        label, _, kind = after.label.partition(" RL")
-        wanted = (label + kind[len(kind.split(",")[0]) :], after.temperature, after.budget)
+        wanted = (re.sub(" RL[^,]*", "", after.label), after.temperature, after.budget)
         before = [e for e in whole(entries) if (e.label, e.temperature, e.budget) == wanted]
         if len({e.parameters for e in before}) == 1:
             pairs.append((min(before, key=lambda e: e.seed != after.seed), after))

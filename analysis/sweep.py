@@ -9,7 +9,6 @@ checkpoints or problems are never mixed.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import pathlib
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 from harness.build import build, check_targets
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import budget_line, fingerprint, measure, problem_set, warm_up
-from harness.files import lock
+from harness.files import digest, lock
 from harness.results import Evaluation, read
 from harness.rollouts import RolloutPool
 from harness.workdir import holds_parameters, load_best, read_config, write_json
@@ -84,7 +83,7 @@ def run(plan: Sequence[Point], output: pathlib.Path) -> None:
             parameters, loaded = fingerprint(params), point.workdir
         problems = parts.test_set()
         key = f"{parameters} {problem_set(problems)} {point.config.to_json(sort_keys=True)}"
-        folder = output / f"{point.label}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}".replace(" ", "-")
+        folder = output / f"{point.label}-{digest(key.encode())}".replace(" ", "-")
         file = folder / "eval.json"
         if file.exists():
             with usage_errors():

@@ -77,11 +77,11 @@ def rl_table(entries: Sequence[Entry]) -> Table:
     """What reinforcement learning changed."""
     rows = []
     for pair in rl_pairs(entries):
-        before, correct = pair[0], [by_problem(e, "correct") for e in pair]
+        (before, after), correct = pair, [by_problem(e, "correct") for e in pair]
         cells = [[accuracy(e) for e in pair], [share(stats.paired(*correct), "+.3f", " to ")]]
         cells += [[*both] for both in zip(*map(costs, pair), strict=True)]
         cells += [[f"{e.total_tokens / (1 + e.children):,.0f}" for e in pair], [*map(paper_accuracy, pair)]]
-        row: Row = [pair[1].label, f"{before.temperature:g}", before.budget, pair[1].training_seed]
+        row: Row = [after.label, f"{before.temperature:g}", before.budget, after.training_seed]
         row += [" → ".join(filter(None, cell)) for cell in cells]
         if (before.temperature, before.budget) == (0, "no budget"):
             row[-1] += PAPER_RL.get(before.label, "")

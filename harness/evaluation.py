@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import pathlib
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 
 import records
-from harness import stats
+from harness import files, stats
 from harness.build import Parts
 from harness.cli import Progress, usage_errors
 from harness.results import Evaluation, Result
@@ -75,13 +74,13 @@ def adherence(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, typing.Any
 def fingerprint(params: typing.Any) -> str:
     """Eight hexadecimal digits that differ where any parameter does."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    return hashlib.blake2b(b"".join(leaf.tobytes() for leaf in leaves), digest_size=4).hexdigest()
+    return files.digest(b"".join(leaf.tobytes() for leaf in leaves))
 
 
 def problem_set(problems: Sequence[typing.Any]) -> str:
     """Eight hexadecimal digits that differ where the problems (tuples or dataclasses) or their order do."""
     text = repr([problem if isinstance(problem, tuple) else tuple(vars(problem).values()) for problem in problems])
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return files.digest(text.encode())
 
 
 def failures(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[list[str], dict[str, float]]:

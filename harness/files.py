@@ -62,6 +62,11 @@ def _checksums(folder: pathlib.Path, settle: bool = False) -> dict[str, str]:
     return found
 
 
+def digest(data: bytes) -> str:
+    """Eight hexadecimal digits that differ where the data do."""
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
 def json_bytes(value: typing.Any) -> bytes:
     """A JSON file as we write it."""
     return (json.dumps(value, indent=1) + "\n").encode()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from harness.build import Parts
 from model import ModelConfig
-from sampler import make_buckets, row_slots
+from sampler import cast, make_buckets, row_slots
 from train_state import new_state, state_shardings
 
 
@@ -61,8 +61,8 @@ def count_samplers(parts: Parts) -> int:
 
 def sampler_parameter_bytes(parts: Parts) -> int:
     """Bytes of the samplers' parameters on each device: each has all of them, matrices in the model's type."""
-    leaves, size = jax.tree.leaves(parts.param_shapes()), jnp.dtype(parts.model.config.dtype).itemsize
-    return count_samplers(parts) * sum(leaf.size * (size if leaf.ndim > 1 else 4) for leaf in leaves)
+    held = jax.eval_shape(functools.partial(cast, dtype=parts.model.config.dtype), parts.param_shapes())
+    return count_samplers(parts) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
 
 
 def cache_bytes(parts: Parts) -> int:

@@ -33,7 +33,8 @@ def read_problems(path: str, domain: Domain) -> list[typing.Any]:
         if not isinstance(entries, list) or not entries:
             raise UsageError(f"{path} must hold a list of {domain.example}")
         problems = [read_problem(entry, f"{path}, entry {index}", domain) for index, entry in enumerate(entries)]
+        places: dict[typing.Any, int] = {}
         for index, problem in enumerate(problems):  # the same problem draws the same rollouts: no new evidence
-            first = problems.index(problem)
+            first = places.setdefault(problem, index)
             require(first == index, f"{path}, entry {index} is entry {first} again: leave one of them out")
     return problems

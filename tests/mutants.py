@@ -84,7 +84,7 @@ MUTANTS = [
     Mutant("impossible ids", "decoding.py", "jnp.where(p_BV > 0, jnp.cumsum(p_BV, axis=-1), -1)", "jnp.cumsum(p_BV, axis=-1)", SAMPLER),
     Mutant("no top-p", "decoding.py", "if config.top_p < 1:", "if config.top_p < 0:", SAMPLER),
     Mutant("log-probs at temperature 1", "decoding.py", "jax.nn.log_softmax(logits_BV / (config.temperature or 1.0))", "jax.nn.log_softmax(logits_BV)", SAMPLER),
-    Mutant("old parameters", "sampler.py", "self._params = jax.device_put(_cast(params", "self._params = getattr(self, '_params', None) or jax.device_put(_cast(params", SAMPLER),
+    Mutant("old parameters", "sampler.py", "self._params = jax.device_put(cast(params", "self._params = getattr(self, '_params', None) or jax.device_put(cast(params", SAMPLER),
     Mutant("keys of threads alike", "parallel_runtime.py", "request.index, tuple(path))", "request.index)", RUNTIME),
     Mutant("children share all", "parallel_runtime.py", "(live.allowance - total_tokens(thread)) // len(spawn.prompts)", "live.allowance - total_tokens(thread)", RUNTIME),
     Mutant("deeper by one", "parallel_runtime.py", "if len(thread.path) // 2 >= limits.depth:", "if len(thread.path) // 2 > limits.depth:", RUNTIME),

@@ -419,7 +419,7 @@ def test_a_run_can_start_from_the_parameters_of_another(smoke_run, tmp_path, com
 def test_a_start_that_is_no_run_is_refused_before_anything_is_written(tmp_path, command: Callable):
     arguments = ("--config=configs/apr.py:smoke", "--config.mesh.data=1", f"--config.init={tmp_path}")
     ended = command(sft, *arguments, f"--workdir={tmp_path / 'new'}")
-    assert ended.status == 2 and "holds no run" in ended.err, ended
+    assert ended.status == 2 and "holds no checkpoint" in ended.err, ended
     assert not (tmp_path / "new").exists()
 
 

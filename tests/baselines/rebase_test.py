@@ -316,9 +316,9 @@ def test_the_command_trains_a_reward_searches_and_writes_what_it_found(
     assert line["accuracy"] == line["votes"]["best"][0] and line["total_tokens"] >= line["sequential_tokens"] > 0
     stored = json.loads((run / "rebase-learned-4-paper-2-0.json").read_text())
     assert len(stored.pop("results")) == 2 and stored == line
-    (run / "reward" / "2" / "checksums.json").write_text("{}")
+    (run / "reward" / "2" / "checksums.json").write_text("{}\n")
     ended = command(rebase, at, "--problems=2")
-    assert ended.status == 2 and "checksums.json" in ended.err and not ended.out
+    assert ended.status == 2 and "does not match checksums.json" in ended.err and not ended.out
 
 
 @pytest.mark.parametrize(
