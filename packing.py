@@ -49,7 +49,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from checks import require
-from records import CONTEXT, SPAWN, Call, Thread
+from records import CONTEXT, SPAWNED, Call, Thread
 
 Field = typing.Any  # an np.ndarray here, a jax.Array inside a jitted step
 
@@ -224,5 +224,5 @@ def cut(thread: Thread, context: int) -> None:
             call.sampled, call.logprobs = call.sampled[: max(room, 0)], call.logprobs[: max(room, 0)]
             call.stop = CONTEXT
             del thread.calls[number + 1 :]
-            del thread.spawns[sum(call.stop == SPAWN for call in thread.calls) :]
+            del thread.spawns[sum(call.stop in SPAWNED for call in thread.calls) :]
             return

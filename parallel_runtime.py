@@ -11,6 +11,9 @@ One round:
   3. A thread that stopped at the spawn token waits, and its children become ready. A child that ended
      gives its result to its parent. After the last child of a spawn the parent is *rewound* to just
      before the spawn block and *extended* by the join block (paper, section 3.2). It is ready again.
+     The threads of an `AsynchronousTask` go on instead: rewound likewise, extended by what says that the
+     children have started. Such a thread waits where it samples the join token, for its oldest spawn alone.
+     If it ends before its children, they run on, and the rollout is over when all threads are.
 
 `Limits` bounds everything, and the record names the bound that stopped a thread. Budget forcing (s1, arXiv
 2501.19393) is the same rewind and extend at the end of a root: a root that is cut by its token bound
@@ -24,11 +27,9 @@ keeps the context before its spawn in its row instead of sending it again.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import heapq
-import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,17 @@ from typing import Annotated
 
 import records
 from checks import Checked, at_least
-from protocols import Completion, Engine, ForcedTask, MalformedSpawn, PrefillRequest, Request, Task
+from protocols import (
+    AsynchronousTask,
+    Completion,
+    Engine,
+    ForcedTask,
+    MalformedSpawn,
+    PrefillRequest,
+    Request,
+    Task,
+    join_id,
+)
 from records import Call, Rollout, Thread, total_tokens
 
 
@@ -62,8 +73,17 @@ EVICT_BELOW_BUSY = 0.5  # waiting parents keep their rows while at least this sh
 
 
 @dataclasses.dataclass
+class _Spawned:
+    """The children of one spawn, until their parent joins them."""
+
+    threads: list[Thread]
+    granted: int  # ids that they and their descendants may sample
+    running: int  # how many have not ended
+
+
+@dataclasses.dataclass(eq=False)
 class _Live:
-    """A thread in flight. `allowance` bounds the ids sampled by it and its descendants together."""
+    """A thread in flight. `allowance` bounds the ids that it samples itself: what its children have is taken off."""
 
     thread: Thread
     parent: _Live | None
@@ -72,8 +92,9 @@ class _Live:
     key: tuple[int, int]
     row: int | None = None
     cached: int = 0  # ids of the thread that its row holds
-    pending: int = 0  # children that have not ended
-    rewind: int = 0  # where the spawn block starts whose children it waits for
+    siblings: _Spawned | None = None  # whose child it is
+    unjoined: list[_Spawned] = dataclasses.field(default_factory=list)  # its spawns, the oldest first
+    rewind: int = 0  # how many ids it keeps when it joins the oldest
     forced_answer_tokens: int = 0  # granted beyond thread_tokens, once it is made to answer
     extended: int = 0  # times it was made to continue
 
@@ -94,14 +115,6 @@ def thread_key(seed: Sequence[int], request: Request, path: Sequence[int]) -> tu
     return word & 0xFFFFFFFF, word >> 32
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; `rollouts` are those that were finished."""
-
-    def __init__(self, rollouts: list[Rollout]) -> None:
-        super().__init__()
-        self.rollouts = rollouts
-
-
 @dataclasses.dataclass
 class Runtime:
     """Runs rollouts of `task` on `engine` within `limits`. Several runs may follow one another."""
@@ -113,8 +126,8 @@ class Runtime:
     evictions: int = 0  # waiting parents that lost their row, over all runs
 
     def run(self, requests: Sequence[Request], seed: Sequence[int]) -> list[Rollout]:
-        """All rollouts, in the order of `requests`. Raises Interrupted, with those that are done, on Ctrl-C."""
-        return run_on_workers([self], requests, seed)
+        """All rollouts, in the order of `requests`."""
+        return [rollout for _, rollout in sorted(self.stream(requests, seed), key=lambda numbered: numbered[0])]
 
     def stream(self, requests: Sequence[Request], seed: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
         """Yields (number of the request, rollout) as rollouts finish. Raises ValueError if a prompt is too long."""
@@ -131,6 +144,9 @@ class Run:
         self.rows: list[_Live | None] = [None] * self.engine.rows
         self.active: dict[int, _Live] = {}  # row -> the thread that decodes there
         self.waiting: list[_Live] = []  # parents, in the order in which they began to wait
+        self.asynchronous = join_id(self.task) >= 0
+        self.running = [0] * len(self.requests)  # threads of each request
+        self.ended: dict[int, Rollout] = {}  # request -> its rollout, once the root has ended
         self.done: list[tuple[int, Rollout]] = []
         self.started: dict[int, float] = {}  # request -> time of its first prefill
         for number, request in enumerate(self.requests):
@@ -158,6 +174,7 @@ class Run:
     def _begin(self, parent: _Live | None, number: int, path: tuple, prompt: list[int], allowance: int) -> _Live:
         live = _Live(Thread(path), parent, number, allowance, thread_key(self.seed, self.requests[number], path))
         live.thread.calls.append(Call(0, prompt))
+        self.running[number] += 1
         heapq.heappush(self.ready, (live.priority(), live))
         return live
 
@@ -185,7 +202,7 @@ class Run:
         return min(
             (self.engine.context - len(live.thread.ids()), records.CONTEXT),
             (self.limits.thread_tokens + live.forced_answer_tokens - live.sampled(), records.THREAD_TOKENS),
-            (live.allowance - total_tokens(live.thread), records.ROLLOUT_TOKENS),
+            (live.allowance - live.sampled(), records.ROLLOUT_TOKENS),
             key=lambda bound: bound[0],
         )
 
@@ -223,6 +240,8 @@ class Run:
             self._end(live, records.END)
         elif stopped.ids[-1] == self.task.spawn_id:
             self._spawn(live)
+        elif stopped.ids[-1] == join_id(self.task):
+            self._ask_to_join(live)
         else:
             self._end(live, reason)
 
@@ -242,15 +261,37 @@ class Run:
             return self._end(live, records.MALFORMED)
         if len(spawn.prompts) > limits.children:
             return self._end(live, records.CHILDREN)
-        self._call_stopped(thread, records.SPAWN)
-        live.rewind, live.pending = spawn.start, len(spawn.prompts)
-        allowance = (live.allowance - total_tokens(thread)) // len(spawn.prompts)
-        children = [
-            self._begin(live, live.number, (*thread.path, len(thread.spawns), child), prompt, allowance)
-            for child, prompt in enumerate(spawn.prompts)
-        ]
-        thread.spawns.append([child.thread for child in children])
+        self._call_stopped(thread, records.FORK if self.asynchronous else records.SPAWN)
+        # A parent that goes on keeps as much for itself, and for each spawn to come, as for this one.
+        parts = len(spawn.prompts) * (limits.spawns + 1 if self.asynchronous else 1)
+        share = (live.allowance - live.sampled()) // parts
+        spawned = _Spawned([], share * len(spawn.prompts), len(spawn.prompts))
+        for number, prompt in enumerate(spawn.prompts):
+            child = self._begin(live, live.number, (*thread.path, len(thread.spawns), number), prompt, share)
+            child.siblings = spawned
+            spawned.threads.append(child.thread)
+        thread.spawns.append(spawned.threads)
+        live.unjoined.append(spawned)
+        live.allowance -= spawned.granted
+        if self.asynchronous:
+            self._continue(live, spawn.start, typing.cast(AsynchronousTask, self.task).started())
+        else:
+            self._wait(live, spawn.start)
+
+    def _ask_to_join(self, live: _Live) -> None:
+        """Makes a thread wait that sampled the join token, or ends it if it has no children left to join."""
+        if not live.unjoined:
+            live.thread.detail = "no children left to join"
+            return self._end(live, records.MALFORMED)
+        self._call_stopped(live.thread, records.JOIN)
+        self._wait(live, len(live.thread.ids()) - 1)
+
+    def _wait(self, live: _Live, keep: int) -> None:
+        """Makes a thread wait for its oldest spawn, unless that has ended."""
+        live.rewind = keep
         self.waiting.append(live)
+        if not live.unjoined[0].running:
+            self._join(live)
 
     def _call_stopped(self, thread: Thread, reason: str) -> None:
         thread.calls[-1].stop = reason
@@ -258,22 +299,28 @@ class Run:
             self.runtime.on_call(thread)
 
     def _end(self, live: _Live, reason: str) -> None:
-        """Ends a thread and frees its row. After the last child its parent goes on. A root may be forced on."""
+        """Ends a thread and frees its row. A parent that waited for it may go on. A root may be forced on."""
         self._call_stopped(live.thread, reason)
         if live.parent is None and (forced := self._forced(live)):
             return self._continue(live, *forced)
         if live.row is not None:
             self.rows[live.row] = None
+        self.running[live.number] -= 1
         if live.parent is None:
-            return self._finish(live)
-        live.parent.pending -= 1
-        if live.parent.pending == 0:
-            self._join(live.parent)
+            self._grade(live)
+        elif live.siblings is not None:
+            live.siblings.running -= 1
+            if not live.siblings.running and live.parent in self.waiting and live.parent.unjoined[0] is live.siblings:
+                self._join(live.parent)
+        if not self.running[live.number]:
+            self.done.append((live.number, self.ended.pop(live.number)))
 
     def _join(self, live: _Live) -> None:
-        """Rewinds a parent to before its spawn block, extends it by the join block and makes it ready."""
+        """Rewinds a parent to before it asked, extends it by the join block and makes it ready."""
         self.waiting.remove(live)
-        self._continue(live, live.rewind, self.task.join(live.thread.spawns[-1]))
+        joined = live.unjoined.pop(0)
+        live.allowance += joined.granted - sum(map(total_tokens, joined.threads))
+        self._continue(live, live.rewind, self.task.join(joined.threads))
 
     def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:
         """Makes a thread ready whose next call keeps `keep` ids and adds `ids`."""
@@ -293,44 +340,8 @@ class Run:
             return task.force_continue(ids)
         return None
 
-    def _finish(self, live: _Live) -> None:
+    def _grade(self, live: _Live) -> None:
         request = self.requests[live.number]
         milliseconds = 1e3 * (time.monotonic() - self.started.get(live.number, time.monotonic()))
         grade = self.task.grade(request.problem, live.thread)
-        self.done.append((live.number, Rollout(request.problem, live.thread, grade, request.index, milliseconds)))
-
-
-def run_on_workers(
-    runtimes: Sequence[Runtime],
-    requests: Sequence[Request],
-    seed: Sequence[int],
-    on_rollout: Callable[[], None] | None = None,
-) -> list[Rollout]:
-    """All rollouts, in the order of `requests`. Each runtime runs an equal share in its own host thread.
-
-    `on_rollout` is called after each rollout. Raises Interrupted, with the rollouts that are done, on Ctrl-C, and
-    whatever a runtime raises.
-    """
-    finished: dict[int, Rollout] = {}
-    leave = threading.Event()
-
-    def worker(first: int) -> None:
-        """Runs the share of runtime number `first`."""
-        share = requests[first :: len(runtimes)]
-        for number, rollout in runtimes[first].stream(share, seed):
-            finished[first + number * len(runtimes)] = rollout
-            if on_rollout:
-                on_rollout()
-            if leave.is_set():
-                return
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(len(runtimes)) as pool:
-            try:
-                for running in concurrent.futures.as_completed(pool.submit(worker, n) for n in range(len(runtimes))):
-                    running.result()
-            finally:
-                leave.set()  # without it, an error of one worker would wait until the others end
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted([finished[number] for number in sorted(finished)]) from interrupt
-    return [finished[number] for number in range(len(requests))]
+        self.ended[live.number] = Rollout(request.problem, live.thread, grade, request.index, milliseconds)

@@ -61,6 +61,30 @@ class Task(typing.Protocol):
         """Verdict on a finished root thread."""
 
 
+class AsynchronousTask(Task, typing.Protocol):
+    """A task whose threads go on after a spawn, and ask for each join (AsyncThink, arXiv 2510.26658).
+
+    They join in the order of their spawns. With a negative `join_id`, or without one, they wait as in the paper.
+    """
+
+    @property
+    def join_id(self) -> int:
+        """Sampling this id suspends the thread until the children of its oldest spawn without a join have ended."""
+
+    def started(self) -> list[int]:
+        """What replaces the spawn block while the children run, at least one id."""
+
+
+def join_id(task: Task) -> int:
+    """The `join_id` of a task, -1 if its threads wait after a spawn."""
+    return getattr(task, "join_id", -1)
+
+
+def stop_ids(task: Task) -> tuple[int, ...]:
+    """Ids that end a call, the first of them the thread. No task samples a negative id."""
+    return tuple(i for i in (task.end_id, task.spawn_id, join_id(task)) if i >= 0)
+
+
 class ForcedTask(Task, typing.Protocol):
     """A task that allows budget forcing. Both methods return (number of ids to keep, ids to append)."""
 

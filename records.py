@@ -13,18 +13,21 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
 
-# Why a call stopped. Only END and SPAWN are the model's own doing.
+# Why a call stopped. The first four are the model's own doing.
 END = "end"  # the thread is over
-SPAWN = "spawn"  # the thread asked for children
+SPAWN = "spawn"  # the thread asked for children, and waits for them
+FORK = "fork"  # the thread asked for children, and goes on (`protocols.AsynchronousTask`)
+JOIN = "join"  # the thread asked for the results of its oldest fork that it has not joined, and waits for them
 CONTEXT = "context"  # the context window is full
 THREAD_TOKENS = "thread_tokens"  # Limits.thread_tokens reached
 ROLLOUT_TOKENS = "rollout_tokens"  # Limits.rollout_tokens reached
-# Why a thread that asked for children got none; these replace SPAWN.
-MALFORMED = "malformed"  # the spawn block does not parse (see Thread.detail)
+# Why a thread that asked for children got none; these replace SPAWN and FORK.
+MALFORMED = "malformed"  # the spawn block does not parse, or there is nothing to join (see Thread.detail)
 CHILDREN = "children"  # more than Limits.children in one spawn
 SPAWNS = "spawns"  # more than Limits.spawns spawns in one thread
 DEPTH = "depth"  # deeper than Limits.depth
-STOPS = (END, SPAWN, CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, MALFORMED, CHILDREN, SPAWNS, DEPTH)
+STOPS = (END, SPAWN, FORK, JOIN, CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, MALFORMED, CHILDREN, SPAWNS, DEPTH)
+SPAWNED = (SPAWN, FORK)  # the calls that started children
 TRUNCATED = (CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, CHILDREN, SPAWNS, DEPTH)  # cut by a bound, not by the model
 
 
@@ -51,7 +54,7 @@ class Thread:
 
     `path` is () for the root and, for a child, its parent's path followed by
     (number of the spawn within the parent, number of the child within the
-    spawn). `spawns[i]` are the children of the i-th call that stopped at SPAWN.
+    spawn). `spawns[i]` are the children of the i-th call that stopped at SPAWN or FORK.
     """
 
     path: tuple[int, ...]
@@ -116,9 +119,15 @@ def total_tokens(thread: Thread) -> int:
 
 
 def sequential_tokens(thread: Thread) -> int:
-    """Longest chain of dependent ids: the thread's own plus, per join, its slowest child's (recursive)."""
-    own = sum(len(call.sampled) for call in thread.calls)
-    return own + sum(max(map(sequential_tokens, children)) for children in thread.spawns)
+    """Longest chain of dependent ids up to the thread's end: its own, and while it waits its slowest child's."""
+    clock, running, spawns = 0, [], iter(thread.spawns)
+    for call in thread.calls:
+        clock += len(call.sampled)
+        if call.stop in SPAWNED:
+            running.append(clock + max(map(sequential_tokens, next(spawns))))
+        if call.stop in (SPAWN, JOIN):
+            clock = max(clock, running.pop(0))
+    return clock
 
 
 def longest_context(thread: Thread) -> int:

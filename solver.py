@@ -36,6 +36,7 @@ from typing import Annotated
 from absl import flags
 
 from checks import Checked, at_least, one_of, require, within
+from countdown.asynchronous import Asynchronous
 from countdown.grader import MAX_NUMBERS, MAX_VALUE, Problem, grade_path
 from countdown.language import Tokenizer
 from countdown.search import BreadthFirst, DepthFirst, Direct, Hybrid, Node, Parallel, Rules, Search, Trace
@@ -219,6 +220,7 @@ class DemonstratorConfig(Checked):
     depth: Annotated[int, at_least(1)] = 1  # levels of threads below the root's (APR); the paper has one
     # Where children are handed out: "coin", the paper's, or "large": where they have three or more numbers left.
     spawn_when: Annotated[str, one_of(*SPAWN_RULES)] = "coin"
+    unjoined: Annotated[int, at_least(-1)] = -1  # children that a parent leaves running; -1: it waits, as in the paper
 
     def check(self) -> None:
         """Checks what depends on the method."""
@@ -230,6 +232,8 @@ class DemonstratorConfig(Checked):
         require(wide, f"sub_beam_high must be at least the beam, {most}, not {self.sub_beam_high}")
         nests = self.method == "apr" or self.depth == 1
         require(nests, f"{self.method} has no threads to nest: depth must be 1, not {self.depth}")
+        joins = self.method == "apr" or self.unjoined == -1
+        require(joins, f"{self.method} has no threads to join: unjoined must be -1, not {self.unjoined}")
         limited = self.cost_limit >= 0 and self.method in UNBUDGETED
         require(not limited, f"{self.method} explores the best children: cost_limit must be -1, not {self.cost_limit}")
         stated = self.budget_fraction if self.method in UNBUDGETED else 0
@@ -245,7 +249,8 @@ class DemonstratorConfig(Checked):
             f"{f', heuristic={self.heuristic}' if self.heuristic != 'paper' else ''}"
             f"{f', cost_limit={self.cost_limit}' if self.cost_limit >= 0 else ''}"
             f"{f', depth={self.depth}' if self.depth > 1 else ''}"
-            f"{', spawn_when=large' if self.spawn_when == 'large' else ''})"
+            f"{', spawn_when=large' if self.spawn_when == 'large' else ''}"
+            f"{f', unjoined={self.unjoined}' if self.unjoined >= 0 else ''})"
         )
 
 
@@ -253,7 +258,8 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
     """One demonstration as text; every choice comes from `rng`."""
     target, root = problem.target, Node("0", list(problem.numbers), "", 0, "", None)
     beam = rng.randint(config.beam_low, config.beam_high)
-    kinds: dict[str, type[Search]] = {"direct": Direct, "sosp": Hybrid, "apr": Parallel}
+    apr = Parallel if config.unjoined < 0 else Asynchronous
+    kinds: dict[str, type[Search]] = {"direct": Direct, "sosp": Hybrid, "apr": apr}
     kind = kinds[config.method] if config.method in kinds else rng.choice((DepthFirst, BreadthFirst))
     heuristic = rng.choice(("sum", "multiply")) if config.method == "sos" else "multiply"
     rules = Rules(
@@ -265,6 +271,7 @@ def demonstrate(problem: Problem, config: DemonstratorConfig, rng: random.Random
         spawn_when=config.spawn_when,
         sub_beam=rng.randint(beam, config.sub_beam_high) if config.method == "apr" else 0,
         depth=config.depth,
+        unjoined=config.unjoined,
     )
     search = kind(root, target, beam, rng, rules)
     search.run()

@@ -136,8 +136,10 @@ class _Reader:
         self.problem, self.tokenizer, self.thread = problem, tokenizer, thread
         self.faults: list[Fault] = []
         self.wasted: list[tuple[Fault, str, Sequence[int]]] = []  # with the node and the numbers of their state
-        self.children: list[_Reader] = []  # of the last spawn
+        self.children: list[_Reader] = []  # of the last join
+        self.unjoined: list[list[_Reader]] = []  # of the spawns since, the oldest first
         self.call, self.line, self.given = 0, 0, True  # where it reads; whether the runtime wrote that
+        self.asks = False  # whether the call ended by asking for a join
         self.start: tuple[int, ...] = ()  # numbers of the first state
         self.node = "0"
         self.numbers: tuple[int, ...] = ()
@@ -161,15 +163,18 @@ class _Reader:
             lines = (given + written).splitlines(keepends=True)
             if call.stop in records.TRUNCATED and lines and not lines[-1].endswith("\n"):
                 lines.pop()  # cut by the bound, not malformed
+            self.asks = call.stop == records.JOIN
             for line, text in enumerate(lines, 1):
                 self.call, self.line, self.given = number, line, line <= given.count("\n")
                 self._read_line(text)
             self.given = False
-            if call.stop == records.SPAWN:
-                self.children = [_Reader(self.problem, self.tokenizer, child) for child in next(spawns, [])]
-                for child in self.children:
+            if call.stop in records.SPAWNED:
+                self.unjoined.append([_Reader(self.problem, self.tokenizer, child) for child in next(spawns, [])])
+                for child in self.unjoined[-1]:
                     child.read()
                     self.faults += child.faults
+            if call.stop in (records.SPAWN, records.JOIN) and self.unjoined:
+                self.children = self.unjoined.pop(0)
             elif call.stop == records.MALFORMED:
                 self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))
             elif call.stop in records.TRUNCATED:  # a root may yet be made to answer
@@ -184,7 +189,7 @@ class _Reader:
             *prefix, line = parse(text)
         except ValueError:
             return self.fault(MALFORMED_LINE, f"not in the trace language: {short(text.strip())!r}")
-        if not self.given and (prefix or line.kind in _RUNTIMES):
+        if not self.given and (prefix or line.kind in _RUNTIMES) and not (self.asks and line.kind == "join"):
             return self.fault(MALFORMED_LINE, f"for the runtime to write: {short(text.strip())!r}")
         if line.kind != "explore":
             self.taken = None

@@ -14,6 +14,7 @@ Run: python -m analysis.figures --trace=trace.json
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import typing
@@ -28,10 +29,14 @@ from records import Call, Grade, Rollout, Thread
 
 TEMPLATE = pathlib.Path(__file__).parent / "viewer.html"
 MAX_DEPTH = 50  # of threads in a trace file
+JOINED, STARTED, FORCED = "joined", "that children have started", "forced"  # why a call was extended
+EXTENDED = {records.SPAWN: JOINED, records.JOIN: JOINED, records.FORK: STARTED}  # by why the one before it stopped
 PLACEHOLDER = "{{DATA}}"  # in the template
 STOPPED = {
     records.END: "ended by itself",
     records.SPAWN: "asked for children",
+    records.FORK: "started children and goes on",
+    records.JOIN: "asked for the results of children",
     records.CONTEXT: "cut: its context was full",
     records.THREAD_TOKENS: "cut: the thread's tokens were used up",
     records.ROLLOUT_TOKENS: "cut: the rollout's tokens were used up",
@@ -74,10 +79,13 @@ def rollout_from_json(value: typing.Any, vocab_size: int, problem: Callable[[typ
         result.spawns = [[thread(child, depth + 1) for child in children] for children in fields["spawns"]]
         stops = [call.stop for call in result.calls]
         forced = {records.END, records.THREAD_TOKENS}  # a root may go on after these
-        goes_on = {records.SPAWN} if result.path else {records.SPAWN, *forced}
-        spawned = stops[:-1].count(records.SPAWN)
+        goes_on = {*EXTENDED} if result.path else {*EXTENDED, *forced}
+        spawned = sum(stop in records.SPAWNED for stop in stops[:-1])
         if not (stops and {*stops[:-1]} <= goes_on and all(result.spawns) and len(result.spawns) == spawned):
             raise ValueError("a thread goes on only after a spawn, or forced, and has children for each of its spawns")
+        unjoined = [(stop in records.SPAWNED) - (stop in (records.SPAWN, records.JOIN)) for stop in stops[:-1]]
+        if min(itertools.accumulate(unjoined), default=0) < 0:
+            raise ValueError("a thread joins only what it has spawned")
         return result
 
     fields = _fields(value, "rollout", problem=dict, root=dict, grade=dict, index=int, milliseconds=(int, float))
@@ -141,17 +149,18 @@ def page_data(trace: Trace) -> dict[str, typing.Any]:
     threads = [
         {
             "name": "child " + ".".join(map(str, lane.thread.path)) if lane.thread.path else "parent",
-            "critical": lane.critical,
             "detail": lane.thread.detail,
             "joins": lane.joins,
             "spawns": [[number[id(child)] for child in children] for children in lane.thread.spawns],
-            "spawned": [i for i, call in enumerate(lane.thread.calls) if call.stop == records.SPAWN],  # the calls
+            "spawned": [i for i, call in enumerate(lane.thread.calls) if call.stop in records.SPAWNED],  # the calls
             "calls": [
                 {
                     "start": start,
                     "tokens": len(call.sampled),
                     "keep": call.keep,
                     "stop": call.stop,
+                    "critical": lane.critical[i],
+                    "extended": EXTENDED.get(lane.thread.calls[i - 1].stop, FORCED) if i else "",
                     "why": STOPPED[call.stop],
                     "text": [
                         {"kind": kind, "removed": removed, "tokens": len(ids), "text": language.decode(ids)}

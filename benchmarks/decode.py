@@ -108,7 +108,8 @@ def replay(
     experiment: typing.Any, engines: Sequence[typing.Any], rollouts: Sequence[typing.Any], repeats: int, schedule: str
 ) -> dict:
     """Figures of the best run of the rollouts, spread over the engines; the first run compiles and is not counted."""
-    from parallel_runtime import Runtime, run_on_workers
+    from harness.workers import run_on_workers
+    from parallel_runtime import Runtime
     from records import total_tokens
 
     replaying = [Replay(engine, rollouts, schedule) for engine in engines]

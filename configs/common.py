@@ -170,4 +170,5 @@ def demonstrator(
         order="fixed",  # in which children are listed: of generation; "random" is the paper's
         depth=1,  # levels of threads below the root's (APR), at most limits.depth; the paper has one
         spawn_when="coin",  # or "large": a node is promising if its children have three or more numbers left
+        unjoined=-1,  # most children that run while APR's parent lists others; -1, the paper's: it waits for all
     )

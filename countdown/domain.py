@@ -42,7 +42,9 @@ class CountdownDomain(Domain):
         for name, value, method in (("children", self.children, "apr"), ("tokens", self.tokens, "sosp")):
             knows = value == -1 or (value >= 0 and self.demonstrator.method == method)
             require(knows, f"budget.{name}={value} must be -1, or at least 0 where {method} demonstrated it")
-        self.demo_task = Countdown(self.language, self.demonstrator.method, **config.threads)
+        self.demo_task = Countdown(
+            self.language, self.demonstrator.method, asynchronous=self.demonstrator.unjoined >= 0, **config.threads
+        )
         self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
 
     def problem(self, split: str, seed: int, index: int) -> Problem:
@@ -77,12 +79,15 @@ class CountdownDomain(Domain):
     def facts(self) -> dict[str, typing.Any]:
         """The method, the family of problems, the ablations and the tokenizer's limit."""
         family = dataclasses.asdict(self.family)
+        threads = {name: getattr(self.task, name) for name in ("child_returns", "inherit_context")}
+        if self.task.asynchronous:  # as in files from before there was a choice
+            threads["asynchronous"] = True
         if not self.family.unseen_targets:  # as in files from before there was such a share
             del family["unseen_targets"]
         return {
             "method": self.demonstrator.method,
             "family": family,
-            "threads": {name: getattr(self.task, name) for name in ("child_returns", "inherit_context")},
+            "threads": threads,
             "number_limit": self.language.number_limit,
         }
 

@@ -33,6 +33,7 @@ END_ID = 1  # ends a thread; no text encodes to it
 
 CALL_TEXT = "<Calling Sub Searches>\n"  # opens a spawn block
 SPAWN_TEXT = "<End Calling Sub Searches>\n"  # closes it: the spawn token
+JOIN_TEXT = "<Sub Searches>\n"  # opens a join block: the join token
 GOAL_TEXT = " equal: Goal Reached\n"
 
 PHRASES = (
@@ -49,7 +50,7 @@ PHRASES = (
     *(CALL_TEXT, "<Start Sub Search ", " at level ", "> Moving to Node #0", " at level 1> Moving to Node #0"),
     SPAWN_TEXT,
     # join
-    *("<Sub Searches>\n", "<No Solution in Sub Search ", "<Goal Reached in Sub Search "),
+    *(JOIN_TEXT, "<No Solution in Sub Search ", "<Goal Reached in Sub Search "),
     *(" at Node #0", " at level 1 at Node #0", ">\n", "<End Sub Searches>\n"),
     # conditioning prefixes
     *("Token Budget: ", "Sub Call Budget: "),
@@ -126,7 +127,7 @@ TEMPLATES = {
     "call": CALL_TEXT,
     "start": "<Start Sub Search {number} at level {level}> Moving to Node #{node}\n",
     "spawn": SPAWN_TEXT,
-    "join": "<Sub Searches>\n",
+    "join": JOIN_TEXT,
     "child_failed": "<No Solution in Sub Search {number} at level {level} at Node #{node}>\n",
     "child_reached": "<Goal Reached in Sub Search {number} at level {level} at Node #{node}>\n",
     "joined": "<End Sub Searches>\n",

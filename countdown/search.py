@@ -97,6 +97,7 @@ class Rules:
     spawn_when: str = "coin"  # how a promising node is told: by lot ("coin"), or by what is left to search ("large")
     sub_beam: int = 0  # of child threads
     depth: int = 1  # levels of threads below the root's
+    unjoined: int = -1  # most children that run while their parent lists others; -1: it waits for all at once
 
 
 class Search:
@@ -289,15 +290,20 @@ class Parallel(Hybrid):
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
         """Spawns a thread per child and goes on with the first success. The deepest level does not spawn."""
-        rules, kind = self.rules, Parallel if level < self.rules.depth else Search
-        if rules.fixed_order:
+        if self.rules.fixed_order:
             children = sorted(children, key=lambda child: int(child.id.rpartition(",")[2]))
+        goal = next((goal for goal in self.spawn(children) if goal is not None), None)
+        if goal is not None:
+            self.write_goal(goal)
+        return goal
+
+    def spawn(self, children: list[Node]) -> list[Node | None]:
+        """Ends the call with a spawn block; returns what the thread of each child finds."""
+        rules, level = self.rules, self.level + 1
+        kind = type(self) if level < rules.depth else Search
         self.trace.calls.append("".join(self.lines) + spawn_block([child.id for child in children], level))
         self.lines = []
         searches = [kind(child, self.target, rules.sub_beam, self.rng, rules, level) for child in children]
         goals = [search.run() for search in searches]
         self.trace.spawns.append([search.trace for search in searches])
-        goal = next((goal for goal in goals if goal is not None), None)
-        if goal is not None:
-            self.write_goal(goal)
-        return goal
+        return goals

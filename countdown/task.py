@@ -9,9 +9,11 @@
 Model output is data: the strict grammar of `countdown.language` parses it, nothing evaluates it.
 `record` turns the text of a symbolic search into the `Rollout` that the runtime would have recorded.
 
-Two ablations change what passes between threads. With child_returns="text" a child returns all that it wrote,
+Three options change what passes between threads. With child_returns="text" a child returns all that it wrote,
 as in PASTA (arXiv 2502.11517). With inherit_context=True a child sees the context of its parent before the
-spawn, as in ThreadWeaver (arXiv 2512.07843).
+spawn, as in ThreadWeaver (arXiv 2512.07843). With asynchronous=True a parent goes on after its spawn, as in
+AsyncThink (arXiv 2510.26658): the last line of the spawn block stays, and the parent asks for a join block by
+writing its first line.
 
 Deviation from the released code: the path that a child returns is the text after its second-to-last
 `Goal Reached`, as there, but only if it parses and starts at the child's own node.
@@ -29,7 +31,7 @@ from typing import Annotated
 import records
 from checks import Checked, at_least, one_of
 from countdown.grader import Problem, grade_steps
-from countdown.language import CALL_TEXT, END_ID, FIELDS, GOAL_TEXT, SPAWN_TEXT, Tokenizer, parse, short
+from countdown.language import CALL_TEXT, END_ID, FIELDS, GOAL_TEXT, JOIN_TEXT, SPAWN_TEXT, Tokenizer, parse, short
 from countdown.search import Node, Trace, spawn_block, state_line
 from protocols import MalformedSpawn, Spawn
 from records import Call, Grade, Rollout, Thread
@@ -82,6 +84,7 @@ class Countdown(Checked):
     method: Annotated[str, one_of(*METHODS)]
     child_returns: Annotated[str, one_of(*JOINS)] = "path"  # the path that it found, or "text": all that it wrote
     inherit_context: bool = False  # a child sees what its parent saw before the spawn
+    asynchronous: bool = False  # a parent goes on after a spawn, and asks for each join
     children_budget: Annotated[int, at_least(-1)] = -1  # children asked for
     token_budget: Annotated[int, at_least(-1)] = -1  # tokens asked for
     end_id = END_ID
@@ -95,6 +98,15 @@ class Countdown(Checked):
     def call_id(self) -> int:
         """Id that starts a spawn block."""
         return self.tokenizer.id(CALL_TEXT)
+
+    @functools.cached_property
+    def join_id(self) -> int:
+        """Id that asks for a join; -1 if parents wait."""
+        return self.tokenizer.id(JOIN_TEXT) if self.asynchronous else -1
+
+    def started(self) -> list[int]:
+        """What is left of a spawn block while its children run: its last line."""
+        return [self.spawn_id]
 
     @property
     def child_prefix(self) -> str:
@@ -158,7 +170,7 @@ class Countdown(Checked):
         With child_returns="text" all that the child wrote follows every line instead.
         """
         encode = self.tokenizer.encode
-        ids = encode("<Sub Searches>\n")
+        ids = encode(JOIN_TEXT)
         for i, child in enumerate(children):
             given = child.calls[0].injected
             own = [*_MOVE.finditer(self.tokenizer.decode(given))]
@@ -242,18 +254,24 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
         """The thread of a trace and, below it, its children."""
         result = Thread(path)
         keep, injected = 0, prompt
-        for i, text in enumerate(trace.calls):
-            call = Call(keep, injected, task.tokenizer.encode(text))
+        for text in trace.calls[:-1]:
+            call = Call(keep, injected, task.tokenizer.encode(text), stop=records.JOIN)
             result.calls.append(call)
-            if i == len(trace.spawns):
-                call.sampled.append(task.end_id)
-                continue
-            call.stop = records.SPAWN
-            context = result.ids()  # `task.spawn` would refuse what a faulty trace spawns
-            keep = len(context) - 1 - context[::-1].index(task.call_id)
-            prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[i]]
-            result.spawns.append([thread(c, prompts[j], (*path, i, j)) for j, c in enumerate(trace.spawns[i])])
-            injected = task.join(result.spawns[-1])
+            context = result.ids()
+            keep = len(context) - 1
+            if call.sampled[-1] == task.spawn_id:
+                call.stop = records.FORK if task.asynchronous else records.SPAWN
+                keep -= context[::-1].index(task.call_id)  # `task.spawn` would refuse what a faulty trace spawns
+                number = len(result.spawns)
+                prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[number]]
+                children = [thread(c, prompts[j], (*path, number, j)) for j, c in enumerate(trace.spawns[number])]
+                result.spawns.append(children)
+            if call.stop == records.FORK:
+                injected = task.started()
+            else:
+                joins = sum(call.stop != records.FORK for call in result.calls)
+                injected = task.join(result.spawns[joins - 1])
+        result.calls.append(Call(keep, injected, [*task.tokenizer.encode(trace.calls[-1]), task.end_id]))
         return result
 
     root = thread(trace, task.tokenizer.encode(task.root_prefix + trace.prompt), ())

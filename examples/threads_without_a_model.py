@@ -99,7 +99,10 @@ class Row:
 class ScriptedEngine:
     """Decodes all active rows in step until `patience` of them have stopped, and holds the runtime to the contract."""
 
-    def __init__(self, script: Script, rows: int, devices: int = 1, context: int = 200, patience: int = 1) -> None:
+    def __init__(
+        self, script: Script, rows: int, devices: int = 1, context: int = 200, patience: int = 1, stops: str = ".>"
+    ) -> None:
+        self.stops = stops  # letters that end a call
         self.script, self.rows, self.devices, self.context, self.patience = script, rows, devices, context, patience
         self.reset()
 
@@ -122,9 +125,9 @@ class ScriptedEngine:
             most = fill.max_new_tokens
             assert fill.ids and most >= 1 and fill.keep + len(fill.ids) + most <= self.context
             row.owner, row.ids = fill.key, row.ids[: fill.keep] + fill.ids
-            stop = re.match("[^.>]*[.>]", told := self.script(text(row.ids), fill))
+            stop = re.match(f"[^{self.stops}]*[{self.stops}]", told := self.script(text(row.ids), fill))
             written = (stop.group() if stop else told)[:most]
-            assert written and (written[-1] in ".>" or len(written) == most), f"no script for {text(row.ids)!r}"
+            assert written and (written[-1] in self.stops or len(written) == most), f"no script for {text(row.ids)!r}"
             assert (fill.key, fill.num_sampled) not in self.calls, "the same draws twice"
             self.calls[fill.key, fill.num_sampled] = text(row.ids), written
             row.ahead, row.sampled = ids(written), []

@@ -31,7 +31,7 @@ from harness.rollouts import RolloutPool
 from harness.show import show
 from harness.tasks import part
 from harness.workdir import write_json
-from parallel_runtime import Interrupted
+from harness.workers import Interrupted
 from records import Rollout
 
 

@@ -25,6 +25,7 @@ from harness.cli import UsageError, usage_errors
 from harness.processes import launch
 from harness.results import add_evidence
 from harness.workdir import load_best, read_config
+from protocols import stop_ids
 
 
 def main(_: list[str]) -> None:
@@ -42,14 +43,13 @@ def main(_: list[str]) -> None:
         config = ConfigDict(recipe)
         config.mesh = ConfigDict(dict(data=1, fsdp=1, tensor=1))  # wherever it was trained, one device will do
         parts = build(config)
-    task = parts.domain.task
     params, result = load_best(args.workdir, parts.param_shapes())
     files = huggingface.save(
         args.output,
         params,
         recipe,
         parts.model.config,
-        [i for i in (task.end_id, task.spawn_id) if i >= 0],  # no task spawns by a negative id
+        stop_ids(parts.domain.task),
         result,
         args.dtype,
         args.shard_mb and args.shard_mb * 1_000_000,

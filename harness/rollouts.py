@@ -10,8 +10,9 @@ import jax
 
 from harness.build import Parts
 from harness.processes import allgather_interleaved, fetch_full_params
-from parallel_runtime import Interrupted, Runtime, run_on_workers
-from protocols import Request
+from harness.workers import Interrupted, run_on_workers
+from parallel_runtime import Runtime
+from protocols import Request, stop_ids
 from records import Rollout, Thread
 from sampler import Sampler
 
@@ -30,9 +31,9 @@ class RolloutPool:
         parts, params = self.parts, fetch_full_params(params)
         if temperature not in self._samplers:
             settings = dataclasses.replace(parts.sampler, temperature=temperature)
-            stop_ids = (parts.domain.task.end_id, parts.domain.task.spawn_id)
+            stops = stop_ids(parts.domain.task)
             self._samplers[temperature] = [
-                Sampler(parts.model, params, settings, stop_ids, parts.sampler_mesh()) for _ in range(parts.workers)
+                Sampler(parts.model, params, settings, stops, parts.sampler_mesh()) for _ in range(parts.workers)
             ]
         for sampler in self._samplers[temperature]:
             sampler.update(params)

@@ -26,7 +26,7 @@ def show(rollout: Rollout, language: Language) -> str:
         spawns = iter(thread.spawns)
         for number, call in enumerate(thread.calls):
             parts.append(show_call(thread, number, language))
-            if call.stop == records.SPAWN:
+            if call.stop in records.SPAWNED:
                 for child in next(spawns):
                     visit(child)
 

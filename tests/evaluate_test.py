@@ -23,7 +23,7 @@ from configs import apr
 from countdown.domain import CountdownDomain
 from countdown.grader import Problem
 from countdown.task import record
-from harness import evaluation, problems, stats
+from harness import evaluation, problems, stats, workers
 from harness.build import build
 from harness.cli import Stopped, UsageError
 from harness.rollouts import RolloutPool
@@ -194,7 +194,7 @@ def test_an_interrupted_report_is_of_what_is_done_and_overwrites_no_other(script
             yield item
 
     monkeypatch.setattr(parallel_runtime.Runtime, "stream", cut)
-    with pytest.raises(parallel_runtime.Interrupted):
+    with pytest.raises(workers.Interrupted):
         evaluation.report(scripted, None, scripted.test_set(), tmp_path, 7)
     (entry,) = json.loads((tmp_path / "interrupted.json").read_text())
     assert entry["n"] == len(entry["results"]) == 5
@@ -216,7 +216,7 @@ def test_rollouts_that_are_done_survive_a_signal_after_the_last_of_them(scripted
         return whole(*arguments)
 
     monkeypatch.setattr(evaluation, "failures", cut)
-    with pytest.raises(parallel_runtime.Interrupted):
+    with pytest.raises(workers.Interrupted):
         evaluation.report(scripted, None, scripted.test_set(), tmp_path, 7)
     (entry,) = json.loads((tmp_path / "interrupted.json").read_text())
     assert entry["n"] == 16 and not (tmp_path / "eval.json").exists()
@@ -232,7 +232,7 @@ def test_rollouts_that_are_done_survive_a_signal_between_batches(scripted, monke
         return whole(*arguments)
 
     monkeypatch.setattr(scripted, "runtimes", cut)
-    with pytest.raises(parallel_runtime.Interrupted) as caught:
+    with pytest.raises(workers.Interrupted) as caught:
         scripted.solve(None, scripted.test_set(), concurrent=2)
     assert [rollout.problem for rollout in caught.value.rollouts] == list(scripted.test_set()[:4])
 
@@ -268,7 +268,7 @@ def test_the_bar_counts_rollouts_and_is_ended_even_by_an_interruption(scripted, 
 
     monkeypatch.setattr(evaluation, "Progress", Bar)
     ended = False
-    with contextlib.suppress(parallel_runtime.Interrupted):
+    with contextlib.suppress(workers.Interrupted):
         evaluation.measure(scripted, None, scripted.test_set(), "APR", 7)
         ended = True
     assert ended != stopped

@@ -17,9 +17,10 @@ import pytest
 import parallel_runtime as pr
 import records
 from examples.products import Products
-from examples.threads_without_a_model import Script, ScriptedEngine, Toy, logprobs, text
+from examples.threads_without_a_model import Script, ScriptedEngine, Toy, ids, logprobs, text
+from harness import workers
 from parallel_runtime import Limits, Run, Runtime
-from protocols import Completion, PrefillRequest, Request, Spawn
+from protocols import Completion, PrefillRequest, Request, Spawn, stop_ids
 from records import Rollout, Thread
 
 LIMITS = Limits(children=4, spawns=4, depth=1, thread_tokens=100, rollout_tokens=1000)
@@ -36,6 +37,20 @@ class Watched(Runtime):
         return self.last.rollouts()
 
 
+class AsynchronousToy(Toy):
+    """The toy whose parents go on: "~" stands for started children, "&" asks for the results of the oldest spawn."""
+
+    join_id = ord("&")
+
+    def started(self) -> list[int]:
+        return ids("~")
+
+
+def stops(task: Toy) -> str:
+    """Letters that end a call of the task."""
+    return text(stop_ids(task))
+
+
 def by_context(told: dict[str, str]) -> Script:
     """The script that continues each of these contexts as told; any other is an error."""
     return lambda context, _: told[context]
@@ -47,10 +62,12 @@ def start(
     limits: Limits = LIMITS,
     rows: int = 8,
     on_call: Callable[[Thread], None] | None = None,
+    task: Toy | None = None,
     **engine: int,
 ) -> tuple[ScriptedEngine, Watched, list[Request]]:
-    scripted = ScriptedEngine(by_context(told) if isinstance(told, dict) else told, rows, **engine)
-    return scripted, Watched(scripted, Toy(), limits, on_call), [Request(problem) for problem in problems or ("p:",)]
+    task = task or Toy()
+    scripted = ScriptedEngine(by_context(told) if isinstance(told, dict) else told, rows, stops=stops(task), **engine)
+    return scripted, Watched(scripted, task, limits, on_call), [Request(problem) for problem in problems or ("p:",)]
 
 
 def solo(told: dict[str, str] | Script, **options: object) -> Thread:
@@ -78,7 +95,7 @@ def check(rollouts: list[Rollout], requests: list[Request], engine: ScriptedEngi
             assert text(thread.ids()) == memory
     assert expected == engine.calls
     run = runtime.last
-    assert run.rows == [None] * engine.rows and not run.waiting and not run.ready and not run.active
+    assert run.rows == [None] * engine.rows and not (run.waiting or run.ready or run.active or run.ended)
 
 
 def story(thread: Thread) -> list[tuple[str, str, str]]:
@@ -457,13 +474,77 @@ def test_an_interrupted_run_hands_over_what_is_finished(monkeypatch: pytest.Monk
         return decode()
 
     monkeypatch.setattr(engine, "decode", interrupted)
-    with pytest.raises(pr.Interrupted) as caught:
-        runtime.run(requests, SEED)
+    with pytest.raises(workers.Interrupted) as caught:
+        workers.run_on_workers([runtime], requests, SEED)
     assert isinstance(caught.value, KeyboardInterrupt)  # what does not know of it is interrupted all the same
     finished = [rollout.problem for rollout in caught.value.rollouts]
     assert finished and set(finished) < {"p:", "q:", "r:"} and finished == sorted(finished)
     by_problem = {rollout.problem: rollout for rollout in expected}
     assert same(caught.value.rollouts) == same([by_problem[problem] for problem in finished])
+
+
+# ------------------------------------------------------------------- parents that go on
+
+GOING_ON = {
+    "p:": "ab<c>",
+    "p:ab~": "<d|e>",
+    "p:ab~~": "f&",
+    "c:": "1.",
+    "d:": "22.",
+    "e:": "long one.",
+    "p:ab~~f[1]": "&",
+    "p:ab~~f[1][22,long one]": "g.",
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_parent_goes_on_after_a_spawn_and_joins_its_oldest_children_when_it_asks(rows: int) -> None:
+    root = solo(GOING_ON, task=AsynchronousToy(), rows=rows)
+    assert story(root) == [
+        ("p:", "ab<c>", records.FORK),
+        ("~", "<d|e>", records.FORK),
+        ("~", "f&", records.JOIN),
+        ("[1]", "&", records.JOIN),
+        ("[22,long one]", "g.", records.END),
+    ]
+    assert [call.keep for call in root.calls] == [0, len("p:ab"), len("p:ab~"), len("p:ab~~f"), len("p:ab~~f[1]")]
+    assert [[(child.path, text(child.calls[-1].sampled)) for child in children] for children in root.spawns] == [
+        [((0, 0), "1.")],
+        [((1, 0), "22."), ((1, 1), "long one.")],
+    ]
+
+
+def test_the_critical_path_of_a_parent_that_goes_on() -> None:
+    """On the clock: 5 letters, "c" from 5 to 7; 5 more, the others from 10, to 19 at last; f& at 12, & at 13, g. at 21."""
+    assert records.sequential_tokens(solo(GOING_ON, task=AsynchronousToy())) == 21
+    quick = GOING_ON | {"e:": "1.", "p:ab~~f[1][22,1]": "g."}  # the parent is never late: its own tokens alone
+    assert records.sequential_tokens(solo(quick, task=AsynchronousToy())) == 5 + 5 + 2 + 1 + 2
+
+
+def test_children_that_nobody_joined_run_on_and_the_rollout_waits_for_them() -> None:
+    told = {"p:": "<a>", "p:~": ".", "a:": "<b>", "a:~": "xyz&", "b:": "7.", "a:~xyz[7]": "."}
+    limits = dataclasses.replace(LIMITS, depth=2)
+    for rows in (1, 8):
+        root = solo(told, task=AsynchronousToy(), limits=limits, rows=rows)
+        assert [thread.stop for thread in root.walk()] == [records.END] * 3
+        assert records.sequential_tokens(root) == len("<a>.") < records.total_tokens(root)
+
+
+def test_a_thread_without_children_left_to_join_is_malformed() -> None:
+    for told in ({"p:": "x&"}, {"p:": "<a>", "p:~": "&", "a:": "1.", "p:~[1]": "&"}):
+        root = solo(told, task=AsynchronousToy())
+        assert (root.stop, root.detail) == (records.MALFORMED, "no children left to join")
+
+
+def test_a_parent_that_goes_on_shares_its_tokens_with_the_spawns_to_come() -> None:
+    """100 ids and 4 spawns: a fifth of what is left goes to each. Of its 16 the second child may not sample 17."""
+    limits = dataclasses.replace(LIMITS, rollout_tokens=103, thread_tokens=200)
+    told = {"p:": "<a>", "p:~": "<b>", "p:~~": "&", "a:": "k" * 19 + ".", "b:": "k" * 16 + "."}
+    told |= {f"p:~~[{'k' * 19}]": "&", f"p:~~[{'k' * 19}][!]": "."}
+    root = solo(told, task=AsynchronousToy(), limits=limits)
+    # (103 - 3) // 5 = 20, then (83 - 6) // 5 = 15
+    assert [thread.stop for thread in root.walk()] == [records.END, records.END, records.ROLLOUT_TOKENS]
+    assert [records.total_tokens(children[0]) for children in root.spawns] == [20, 15]
 
 
 # ------------------------------------------------------------------- several runtimes side by side
@@ -479,7 +560,7 @@ def test_lanes_do_the_work_of_one_runtime_each_an_equal_share(lanes: int) -> Non
     expected = runtime.run(requests, SEED)
     started = [start(echo, rows=1) for _ in range(lanes)]
     told: list[bool] = []
-    rollouts = pr.run_on_workers([runtime for _, runtime, _ in started], requests, SEED, lambda: told.append(True))
+    rollouts = workers.run_on_workers([runtime for _, runtime, _ in started], requests, SEED, lambda: told.append(True))
     assert same(rollouts) == same(expected) and len(told) == 5
     shares = [len(scripted.calls) for scripted, _, _ in started]
     assert sum(shares) == 5 and max(shares) - min(shares) <= 1
@@ -491,7 +572,7 @@ def test_lanes_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
         decode = engine.decode
         monkeypatch.setattr(engine, "decode", lambda decode=decode: (meeting.wait(), decode())[1])
     requests = [Request("p:"), Request("q:")]
-    assert len(pr.run_on_workers([runtime for _, runtime, _ in started], requests, SEED)) == 2
+    assert len(workers.run_on_workers([runtime for _, runtime, _ in started], requests, SEED)) == 2
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
@@ -513,7 +594,7 @@ def test_what_stops_one_lane_stops_the_others(fault: type[BaseException], monkey
     monkeypatch.setattr(endless, "decode", slow)
     monkeypatch.setattr(broken, "decode", fail)
     with pytest.raises(fault) as caught:
-        pr.run_on_workers([first, second], requests, SEED)
+        workers.run_on_workers([first, second], requests, SEED)
     assert len(endless.calls) < len(requests) // 2  # its share
     if fault is KeyboardInterrupt:
         done = [rollout.index for rollout in caught.value.rollouts]  # type: ignore[attr-defined]

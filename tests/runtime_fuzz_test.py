@@ -20,15 +20,18 @@ from examples.threads_without_a_model import Script, ScriptedEngine, Toy, ids, t
 from parallel_runtime import Limits
 from protocols import PrefillRequest, Request
 from records import Rollout, Thread
-from tests.parallel_runtime_test import Watched, check
+from tests.parallel_runtime_test import AsynchronousToy, Watched, check, stops
 
 SEED = (7, 3)
 ROLLOUTS = 20  # per run
 
 
+LETTERS = "kb<|>.,&"
+
+
 def noise(context: str, fill: PrefillRequest) -> str:
     random_ = random.Random(f"{fill.key} {fill.num_sampled}")
-    return "".join(random_.choices("kb<|>.,", (4, 4, 3, 2, 2, 1, 1), k=fill.max_new_tokens))
+    return "".join(random_.choices(LETTERS, (4, 4, 3, 2, 2, 1, 1, 1), k=fill.max_new_tokens))
 
 
 def grammar(context: str, fill: PrefillRequest) -> str:
@@ -39,6 +42,8 @@ def grammar(context: str, fill: PrefillRequest) -> str:
         return before + "." + "z" * fill.max_new_tokens
     if kind < 0.45:
         return "y" * fill.max_new_tokens
+    if kind < 0.65 and "~" in context:  # else "&" is a letter
+        return before + "&" + "z" * fill.max_new_tokens
     names = random_.choices(
         ["a", "b", "cc", "A", "7", ""], (8, 8, 8, 2, 0.3, 0.3), k=random_.choice((0, 1, 1, 2, 2, 3, 4))
     )
@@ -62,12 +67,13 @@ def fuzz(number: int, reasons: collections.Counter[str]) -> None:
     """One run of `ROLLOUTS` rollouts, fixed by its number."""
     random_ = random.Random(number)
     script: Script = random_.choice((noise, grammar))
+    task = random_.choice((Toy(), AsynchronousToy()))
     limits, context = random_limits(random_), random_.choice((8, 25, 60, 200))
     requests = [Request(random_.choice(("p:", "quite:")), number * ROLLOUTS + index) for index in range(ROLLOUTS)]
 
     def rollouts_on(devices: int, rows: int, patience: int) -> list[Rollout]:
-        engine = ScriptedEngine(script, rows, devices, context, patience)
-        runtime = Watched(engine, Toy(), limits)
+        engine = ScriptedEngine(script, rows, devices, context, patience, stops(task))
+        runtime = Watched(engine, task, limits)
         rollouts = runtime.run(requests, SEED)
         check(rollouts, requests, engine, runtime)
         return [dataclasses.replace(rollout, milliseconds=0.0) for rollout in rollouts]
@@ -79,17 +85,18 @@ def fuzz(number: int, reasons: collections.Counter[str]) -> None:
     for rollout in rollouts:
         assert text(rollout.root.calls[0].injected) == rollout.problem
         reasons.update(thread.stop for thread in rollout.threads())
-        verify(rollout.root, limits, context, limits.rollout_tokens)
+        verify(rollout.root, task, limits, context, limits.rollout_tokens)
 
 
-def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None:
+def verify(thread: Thread, task: Toy, limits: Limits, context: int, allowance: int) -> None:
     """The thread and its descendants keep every bound, and each ended for the reason it gives."""
     memory: list[int] = []
     bound = limits.thread_tokens
-    spent, extended, answering, spawns = 0, 0, False, iter(enumerate(thread.spawns))
+    own, extended, answering, spawns, granted = 0, 0, False, iter(enumerate(thread.spawns)), allowance
+    unjoined: list[tuple[list[Thread], int]] = []  # with what their parent granted them
     for number, call in enumerate(thread.calls):
         memory = memory[: call.keep] + call.injected + call.sampled
-        spent += len(call.sampled)
+        own += len(call.sampled)
         assert not call.sampled or len(memory) <= context
         if call is thread.calls[-1]:
             break
@@ -98,36 +105,46 @@ def verify(thread: Thread, limits: Limits, context: int, allowance: int) -> None
             assert memory[-1:] == ids(".") and (thread.calls[number + 1].keep, thread.path) == (len(memory) - 1, ())
             continue
         if call.stop == records.THREAD_TOKENS:
-            assert not answering and thread.path == () and sum(len(c.sampled) for c in thread.calls[: number + 1]) == bound
+            assert not answering and thread.path == () and own == bound
             answering, bound = True, bound + limits.forced_answer_tokens
             continue
-        assert call.stop == records.SPAWN
-        spawned, children = next(spawns)
-        spawn = Toy().spawn(memory)
-        assert [child.calls[0].injected for child in children] == spawn.prompts
-        assert (thread.calls[number + 1].keep, thread.calls[number + 1].injected) == (spawn.start, Toy().join(children))
-        for place, child in enumerate(children):
-            assert child.path == (*thread.path, spawned, place)
-            verify(child, limits, context, (allowance - spent) // len(children))
-        spent += sum(map(records.total_tokens, children))
-        assert 1 <= len(children) <= limits.children
+        keep, given = len(memory) - 1, ids("~")
+        if call.stop != records.JOIN:
+            assert call.stop == (records.FORK if isinstance(task, AsynchronousToy) else records.SPAWN)
+            spawned, children = next(spawns)
+            spawn = task.spawn(memory)
+            keep = spawn.start
+            assert [child.calls[0].injected for child in children] == spawn.prompts
+            assert 1 <= len(children) <= limits.children
+            share = (allowance - own) // (len(children) * (limits.spawns + 1 if call.stop == records.FORK else 1))
+            for place, child in enumerate(children):
+                assert child.path == (*thread.path, spawned, place)
+                verify(child, task, limits, context, share)
+            unjoined.append((children, share * len(children)))
+            allowance -= share * len(children)
+        if call.stop != records.FORK:
+            children, lent = unjoined.pop(0)
+            allowance += lent - sum(map(records.total_tokens, children))
+            given = task.join(children)
+        assert (thread.calls[number + 1].keep, thread.calls[number + 1].injected) == (keep, given)
     assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
-    own = sum(len(call.sampled) for call in thread.calls)
-    assert spent == records.total_tokens(thread) <= allowance and own <= bound and extended <= limits.min_budget_rounds
+    spent = records.total_tokens(thread)
+    assert spent <= granted and own <= min(bound, allowance) and extended <= limits.min_budget_rounds
     assert own <= records.sequential_tokens(thread) <= spent
     last = thread.calls[-1].sampled[-1:]
     asked = last == ids(">")
+    nothing = last == ids("&") and not unjoined and thread.detail == "no children left to join"
     assert {
         records.END: last == ids(".") and (thread.path or extended == limits.min_budget_rounds or "k" in text(memory)),
         records.CONTEXT: len(memory) >= context,
         records.THREAD_TOKENS: own == bound and (thread.path or answering or not limits.forced_answer_tokens),
-        records.ROLLOUT_TOKENS: spent == allowance,
-        records.MALFORMED: asked and thread.detail,
+        records.ROLLOUT_TOKENS: own == allowance,
+        records.MALFORMED: (asked and thread.detail) or nothing,
         records.DEPTH: asked and len(thread.path) // 2 == limits.depth,
         records.SPAWNS: asked and len(thread.spawns) == limits.spawns,
         records.CHILDREN: asked and text(memory).rpartition("<")[2].count("|") >= limits.children,
     }[thread.stop]
-    assert (last in (ids("."), ids(">"))) == (thread.stop not in (records.CONTEXT, records.THREAD_TOKENS, records.ROLLOUT_TOKENS))
+    assert (text(last) in stops(task) and last != []) == (thread.stop not in (records.CONTEXT, records.THREAD_TOKENS, records.ROLLOUT_TOKENS))
     assert bool(thread.detail) == (thread.stop == records.MALFORMED)
 
 
@@ -135,7 +152,7 @@ def run_many(numbers: range) -> None:
     reasons: collections.Counter[str] = collections.Counter()
     for number in numbers:
         fuzz(number, reasons)
-    assert set(reasons) == set(records.STOPS) - {records.SPAWN}, reasons  # the scripts went everywhere
+    assert set(reasons) == set(records.STOPS) - {*records.SPAWNED, records.JOIN}, reasons  # the scripts went everywhere
 
 
 def test_2000_random_rollouts() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from analysis import verifier
 from countdown.grader import Problem, grade_steps
-from countdown.language import END_ID, GOAL_TEXT, Tokenizer
+from countdown.language import END_ID, GOAL_TEXT, JOIN_TEXT, Tokenizer
 from countdown.search import Trace, spawn_block
 from countdown.task import Countdown, record
 from records import CONTEXT, MALFORMED, SPAWN, STOPS, THREAD_TOKENS, TRUNCATED, Call, Grade, Rollout, Thread
@@ -20,6 +20,7 @@ from solver import DemonstratorConfig, ProblemRange, demonstration
 
 TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr")
+ASYNCHRONOUS = Countdown(TOKENIZER, "apr", asynchronous=True)
 REFERENCES = pathlib.Path(__file__).parents[1] / "reference_traces"
 CONFIGS = {
     "apr": DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0.3, token_bin=512),
@@ -167,6 +168,28 @@ def test_an_operation_that_is_explored_and_not_kept_is_no_fault(method):
     for index in range(100):
         rollout = demonstration(FAMILIES[4], config, Countdown(TOKENIZER, method), "train", 0, index)
         assert faults_of(rollout) == []
+
+
+@pytest.mark.parametrize("unjoined", [0, 2])
+def test_demonstrations_whose_parents_go_on_have_no_faults(unjoined):
+    config, right = dataclasses.replace(CONFIGS["apr"], unjoined=unjoined), 0
+    for index in range(100):
+        rollout = demonstration(FAMILIES[4], config, ASYNCHRONOUS, "train", 0, index)
+        assert faults_of(rollout) == []
+        right += rollout.grade.correct and len(rollout.threads()) > 1
+    assert right > 30
+
+
+def test_a_child_that_is_joined_answers_for_itself_where_parents_go_on():
+    """The first of two children reaches the goal without restating it; the second, joined after it, does not."""
+    children = [Trace(CHILDREN[1], [LAST], []), Trace(CHILDREN[0], [HOPELESS], [])]
+    calls = [SECOND + spawn_block(["0,1"], 1), FIRST.replace("0,0", "0,2") + spawn_block(["0,2"], 1), JOIN_TEXT]
+    trace = Trace(ROOT, [*calls, JOIN_TEXT, NOTHING], [[child] for child in children])
+    rollout = record(PROBLEM, trace, ASYNCHRONOUS)
+    lost = [fault for fault in verifier.verify(rollout, TOKENIZER) if fault.kind == verifier.UNREPORTED]
+    assert [(fault.thread, fault.call, fault.line) for fault in lost] == [((), 3, 2)]
+    malformed = [fault for fault in verifier.verify(rollout, TOKENIZER) if fault.kind == verifier.MALFORMED_LINE]
+    assert malformed == []
 
 
 @pytest.mark.parametrize("inherit", [False, True])

@@ -1,5 +1,6 @@
 """The viewer: the clock and the tree against hand-worked rollouts, trace files there and back, escaping."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -20,24 +21,39 @@ from examples import products
 from harness import tasks
 from harness.cli import UsageError
 from harness.show import show_call
-from records import END, MALFORMED, SPAWN, STOPS, Call, Grade, Rollout, Thread, sequential_tokens, stored, total_tokens
+from records import (
+    END,
+    FORK,
+    JOIN,
+    MALFORMED,
+    SPAWN,
+    STOPS,
+    Call,
+    Grade,
+    Rollout,
+    Thread,
+    sequential_tokens,
+    stored,
+    total_tokens,
+)
 from solver import DemonstratorConfig
 
 TOKENIZER = Tokenizer(10)
 APR = DemonstratorConfig("apr", 1, 10, 15, 0.9, budget_fraction=0, token_bin=512)
+GOES_ON = dataclasses.replace(APR, unjoined=1)
 SOSP = DemonstratorConfig("sosp", 1, 5, 0, 0.5, budget_fraction=0, token_bin=512)
 SOS = DemonstratorConfig("sos", 1, 5, 0, 0.0, budget_fraction=0, token_bin=512)
 
 
 @functools.cache
 def demonstrations():
-    """(method, record) of 20 problems with four numbers per method."""
+    """(method, record) of 20 problems with four numbers per method, and where APR's parents go on."""
     made = []
-    for config in (APR, SOSP, SOS):
+    for config in (APR, GOES_ON, SOSP, SOS):
         for index in range(20):
             numbers = (22, 26, 31, 53 + index)
             trace = solver.demonstrate(Problem(numbers, 27), config, random.Random(index))
-            rollout = record(Problem(numbers, 27), trace, Countdown(TOKENIZER, config.method))
+            rollout = record(Problem(numbers, 27), trace, Countdown(TOKENIZER, config.method, asynchronous=config.unjoined >= 0))
             made.append((config.method, rollout))
     return made
 
@@ -62,7 +78,7 @@ def test_two_spawns_on_the_clock_by_hand():
     root = thread(10, [thread(5), thread(8)], 4, [thread(7), thread(7)], 3)
     lanes = timeline.timeline(root)
     assert [lane.starts for lane in lanes] == [[0, 18, 29], [10], [10], [22], [22]]
-    assert [lane.critical for lane in lanes] == [True, False, True, True, False]  # the first of the slowest
+    assert [all(lane.critical) for lane in lanes] == [True, False, True, True, False]  # the first of the slowest
     assert [lane.joins for lane in lanes] == [[18, 29], [], [], [], []]
     assert [lane.thread for lane in lanes] == list(root.walk())
 
@@ -72,13 +88,27 @@ def test_the_clock_of_children_of_children_by_hand():
     child = thread(2, [thread(6), thread(1)], 1)
     lanes = timeline.timeline(thread(3, [child, thread(8)], 4))
     assert [lane.starts for lane in lanes] == [[0, 12], [3, 11], [5], [5], [3]]
-    assert [lane.critical for lane in lanes] == [True, True, True, False, False]
+    assert [all(lane.critical) for lane in lanes] == [True, True, True, False, False]
     assert [lane.joins for lane in lanes] == [[12], [11], [], [], []]
 
 
 def test_what_a_slow_child_waited_for_is_critical_but_not_what_a_fast_one_did():
     lanes = timeline.timeline(thread(1, [thread(2, [thread(3)], 1), thread(8)], 1))
-    assert [(lane.starts, lane.critical) for lane in lanes[1:]] == [([1, 6], False), ([3], False), ([1], True)]
+    assert [(lane.starts, lane.critical) for lane in lanes[1:]] == [([1, 6], [False] * 2), ([3], [False]), ([1], [True])]
+
+
+def test_the_clock_of_a_parent_that_goes_on_by_hand():
+    """Children of 9 and 2 tokens from 3 and 5. The parent waits from 6 to 12 for the one, not at all for the other.
+
+    It ends at 14, before the third, which nobody joins.
+    """
+    root = Thread((), [Call(0, [5], [7] * n, stop=s) for n, s in ((3, FORK), (2, FORK), (1, JOIN), (1, JOIN), (1, FORK), (0, END))])
+    root.spawns = [[thread(9)], [thread(2)], [thread(50)]]
+    lanes = timeline.timeline(root)
+    assert [lane.starts for lane in lanes] == [[0, 3, 5, 12, 13, 14], [3], [5], [14]]
+    assert lanes[0].critical == [True, False, False, True, True, True]
+    assert [lane.critical for lane in lanes[1:]] == [[True], [False], [False]]
+    assert lanes[0].joins == [12, 13]
 
 
 def test_the_critical_path_is_as_long_as_the_sequential_tokens():
@@ -89,8 +119,8 @@ def test_the_critical_path_is_as_long_as_the_sequential_tokens():
         critical = [
             (start, start + tokens)
             for lane, calls in zip(lanes, lengths, strict=True)
-            for start, tokens in zip(lane.starts, calls, strict=True)
-            if lane.critical
+            for start, tokens, waited_for in zip(lane.starts, calls, lane.critical, strict=True)
+            if waited_for
         ]
         end = 0
         for start, stop in sorted(critical):  # without a gap, and nothing at the same time
