@@ -517,7 +517,7 @@ def test_a_parent_goes_on_after_a_spawn_and_joins_its_oldest_children_when_it_as
 def test_the_critical_path_of_a_parent_that_goes_on() -> None:
     """On the clock: 5 letters, "c" from 5 to 7; 5 more, the others from 10, to 19 at last; f& at 12, & at 13, g. at 21."""
     assert records.sequential_tokens(solo(GOING_ON, task=AsynchronousToy())) == 21
-    quick = GOING_ON | {"e:": "1.", "p:ab~~f[1][22,1]": "g."}  # the parent is never late: its own tokens alone
+    quick = GOING_ON | {"d:": "2.", "e:": "1.", "p:ab~~f[1][2,1]": "g."}  # the parent is never late: its own tokens alone
     assert records.sequential_tokens(solo(quick, task=AsynchronousToy())) == 5 + 5 + 2 + 1 + 2
 
 
@@ -525,6 +525,9 @@ def test_children_that_nobody_joined_run_on_and_the_rollout_waits_for_them() -> 
     told = {"p:": "<a>", "p:~": ".", "a:": "<b>", "a:~": "xyz&", "b:": "7.", "a:~xyz[7]": "."}
     limits = dataclasses.replace(LIMITS, depth=2)
     for rows in (1, 8):
+        _, runtime, requests = start(told, task=AsynchronousToy(), limits=limits, rows=rows)
+        stops = [[thread.stop for thread in rollout.threads()] for _, rollout in runtime.stream(requests, SEED)]
+        assert stops == [[records.END] * 3]  # when the rollout is handed over
         root = solo(told, task=AsynchronousToy(), limits=limits, rows=rows)
         assert [thread.stop for thread in root.walk()] == [records.END] * 3
         assert records.sequential_tokens(root) == len("<a>.") < records.total_tokens(root)
