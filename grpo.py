@@ -167,7 +167,7 @@ class Trainer:
         self.pool, self.parts, self.reference = pool, pool.parts, reference
         self.config = config = GrpoConfig(**self.parts.config.grpo)
         self.steps, self.log_every, self.eval_every = config.steps, 1, self.parts.train.eval_every
-        self.problem = 0
+        self.next_problem = 0
         self.loss, self.temperature = grpo_loss(config), config.temperature
         model, mesh = self.parts.model, self.parts.mesh
         self.train_step = make_train_step(model, self.parts.optimizer, self.loss, mesh, config.temperature)
@@ -176,18 +176,18 @@ class Trainer:
     def resume(self, cursor: dict[str, typing.Any] | None) -> None:
         """Goes on with the problems, and the reference policy, at a cursor."""
         if cursor:
-            self.problem = cursor["problem"]
+            self.next_problem = cursor["problem"]
             self.reference.resume(cursor["reference"])
 
     def cursor(self) -> dict[str, typing.Any]:
         """The number of the next problem, and where the reference policy stands."""
-        return {"problem": self.problem, "reference": self.reference.cursor}
+        return {"problem": self.next_problem, "reference": self.reference.cursor}
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, float]]:
         """Rollouts, then the inner updates; returns the state and the metrics of the step."""
         config, temperature = self.config, self.config.temperature
         began, spent = time.perf_counter(), self.pool.seconds(temperature)
-        collected, self.problem = collect(self.pool, config, state.params, number, self.problem)
+        collected, self.next_problem = collect(self.pool, config, state.params, number, self.next_problem)
         rolled, sampling = time.perf_counter(), self.pool.seconds(temperature)
         values = describe(collected) | {f"rollout_{part}": sampling[part] - spent[part] for part in spent}
         values["rollout_seconds"] = rolled - began

@@ -188,7 +188,7 @@ class GrpoConfig(Checked):
     acceleration_cap: Annotated[float, at_least(0)]
     thread_penalty: Annotated[float, REWARD]
     token_penalty: Annotated[float, REWARD]
-    token_budget: Annotated[float, at_least(0)]
+    free_tokens: Annotated[float, at_least(0)]
     concurrency: Annotated[float, REWARD]
     concurrency_cap: Annotated[float, at_least(1)]  # active workers
     structure: Annotated[float, REWARD]
@@ -240,7 +240,7 @@ def reward(rollout: Rollout, config: GrpoConfig, step: int) -> float:
     """1 and the bonuses of a correct rollout, `format_reward` of a wrong answer; plus structure, minus penalties."""
     costs, grade = records.metrics(rollout), rollout.grade
     penalty = config.thread_penalty * costs["children"]
-    penalty += config.token_penalty * max(0.0, costs["total_tokens"] - config.token_budget)
+    penalty += config.token_penalty * max(0.0, costs["total_tokens"] - config.free_tokens)
     right = 1 + acceleration(costs, config) + concurrency(costs, config)
     earned = right if grade.correct else config.format_reward * bool(grade.answer)
     return earned + structure(costs, config, step) - penalty

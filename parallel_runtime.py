@@ -91,7 +91,7 @@ class _Live:
     allowance: int
     key: tuple[int, int]
     row: int | None = None
-    cached: int = 0  # ids of the thread that its row holds
+    in_row: int = 0  # how many of its ids its row holds
     siblings: _Spawned | None = None  # whose child it is
     unjoined: list[_Spawned] = dataclasses.field(default_factory=list)  # its spawns, the oldest first
     rewind: int = 0  # how many ids it keeps when it joins the oldest
@@ -192,7 +192,7 @@ class Run:
                 continue
             assert live.row is not None
             ids = live.thread.ids()
-            fills.append(PrefillRequest(live.row, live.cached, ids[live.cached :], live.key, live.sampled(), limit))
+            fills.append(PrefillRequest(live.row, live.in_row, ids[live.in_row :], live.key, live.sampled(), limit))
             self.active[live.row] = live
             self.started.setdefault(live.number, time.monotonic())
         return fills
@@ -218,7 +218,7 @@ class Run:
             loser = holders[-1]
             assert loser.row is not None
             free = [loser.row]
-            self.rows[loser.row], loser.row, loser.cached = None, None, 0
+            self.rows[loser.row], loser.row, loser.in_row = None, None, 0
             self.runtime.evictions += 1
         per_device = self.engine.rows // self.engine.devices
         busy = [0] * self.engine.devices
@@ -235,7 +235,7 @@ class Run:
         _, reason = self._room(live)  # before the new ids count: the bound that the row decoded up to
         call = live.thread.calls[-1]
         call.sampled, call.logprobs = stopped.ids, stopped.logprobs
-        live.cached = len(live.thread.ids())
+        live.in_row = len(live.thread.ids())
         if stopped.ids[-1] == self.task.end_id:
             self._end(live, records.END)
         elif stopped.ids[-1] == self.task.spawn_id:
@@ -324,7 +324,7 @@ class Run:
 
     def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:
         """Makes a thread ready whose next call keeps `keep` ids and adds `ids`."""
-        live.cached = min(live.cached, keep)
+        live.in_row = min(live.in_row, keep)
         live.thread.calls.append(Call(keep, ids))
         heapq.heappush(self.ready, (live.priority(), live))
 

@@ -294,7 +294,7 @@ def demonstration(
     children_budget = token_budget = -1
     if stated:
         if config.method == "apr":
-            children_budget = trace.width()
+            children_budget = trace.child_threads()
         else:
             tokens = 1 + len(task.tokenizer.encode("".join([trace.prompt, *trace.calls])))
             token_budget = -(-tokens // config.token_bin) * config.token_bin

@@ -45,9 +45,9 @@ class Trace:
     calls: list[str]
     spawns: list[list[Trace]]
 
-    def width(self) -> int:
+    def child_threads(self) -> int:
         """Number of child threads below this one."""
-        return sum(1 + child.width() for children in self.spawns for child in children)
+        return sum(1 + child.child_threads() for children in self.spawns for child in children)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -103,7 +103,7 @@ def reinforced(tmp_path_factory, environment, smoke_run) -> list[list[dict]]:
         port = probe.getsockname()[1]
     short = ["--config=configs/grpo.py:smoke", f"--init={smoke_run.path}", "--config.limits.thread_tokens=24"]
     short += ["--config.evaluation.problems=4", "--config.train.eval_problems=4", "--config.grpo.thread_penalty=0.01"]
-    short += ["--config.grpo.token_penalty=0.01", "--config.grpo.token_budget=10.0"]  # else all rewards are alike
+    short += ["--config.grpo.token_penalty=0.01", "--config.grpo.free_tokens=10.0"]  # else all rewards are alike
     two = {**environment, "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count=2"}
     started = {
         "one": [(two, [])],

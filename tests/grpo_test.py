@@ -23,7 +23,7 @@ def config(**changes) -> GrpoConfig:
 
 def rollout(correct: bool = True, children: int = 2) -> Rollout:
     """A parent of calls with 4 and 2 sampled ids around one spawn; children of 3, 5, ... ids."""
-    calls = [Call(0, [9, 9], [1, 2, 3, 4], [0.0] * 4, SPAWN), Call(3, [9], [5, 6], [0.0] * 2, END)]
+    calls = [Call(0, [9, 9], [1, 2, 3, 4], [0.0] * 4, SPAWN if children else END), Call(3, [9], [5, 6], [0.0] * 2, END)]
     spawned = [Thread((0, i), [Call(0, [9], [7] * (3 + 2 * i), [0.0] * (3 + 2 * i), END)]) for i in range(children)]
     return Rollout("p", Thread((), calls, [spawned] if children else []), Grade(correct, "" if correct else "wrong"))
 
@@ -60,10 +60,10 @@ def test_reward_is_correctness_and_shaping_is_gated_by_it():
 
 def test_penalties_count_threads_and_tokens_past_the_budget():
     assert grpo_objective.reward(rollout(), config(thread_penalty=0.1), 1) == pytest.approx(0.8)
-    penalty = config(token_penalty=0.01, token_budget=10.0)
+    penalty = config(token_penalty=0.01, free_tokens=10.0)
     assert grpo_objective.reward(rollout(), penalty, 1) == pytest.approx(0.96)
     assert grpo_objective.reward(rollout(False), penalty, 1) == pytest.approx(-0.04)
-    assert grpo_objective.reward(rollout(), config(token_penalty=0.01, token_budget=14.0), 1) == 1
+    assert grpo_objective.reward(rollout(), config(token_penalty=0.01, free_tokens=14.0), 1) == 1
 
 
 def test_concurrency_is_the_mean_number_of_workers_up_to_its_cap():

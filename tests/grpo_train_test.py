@@ -254,7 +254,7 @@ def log(path: pathlib.Path) -> list[dict]:
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(fatal, changes, tmp_path, monkeypatch):
     penalised = dict(grpo__steps=4, train__eval_every=2, grpo__thread_penalty=0.01, grpo__token_penalty=0.01)
     config = rl_config(**{**penalised, **changes})
-    config.grpo.token_budget = 10.0  # penalties: an untrained model's rewards would be all alike
+    config.grpo.free_tokens = 10.0  # penalties: an untrained model's rewards would be all alike
     reference = jax.device_get(
         state_from_key(build(config).model, optax.sgd(1.0), make_mesh(1, 1, 1), jax.random.key(0)).params
     )

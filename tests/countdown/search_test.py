@@ -390,7 +390,7 @@ def test_only_the_root_spawns_and_never_one_child():
     for _, trace, _ in demonstrations("apr"):
         assert all(len(children) > 1 for children in trace.spawns)
         assert all(not child.spawns and len(child.calls) == 1 for children in trace.spawns for child in children)
-        widths.append(trace.width())
+        widths.append(trace.child_threads())
     assert max(widths) > 10 and 0 in widths
 
 
