@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import random
 
 import pytest
 
 import records
+import solver
+from configs import apr, common
 from countdown.asynchronous import Asynchronous
 from countdown.grader import Problem
 from countdown.language import Tokenizer
 from countdown.search import Node, Parallel, Rules, Search, Trace
 from countdown.task import Countdown, record
+from harness.build import build
 from records import Rollout
 from solver import ProblemRange, problem
 
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TOKENIZER = Tokenizer(100)
 TASK = Countdown(TOKENIZER, "apr", asynchronous=True)
 RULES = Rules(fixed_order=True, prunes=True, heuristic="near", cost_limit=5, spawn_probability=1.0, sub_beam=8)
@@ -120,3 +125,31 @@ def test_fewer_tokens_than_parents_that_wait_and_a_shorter_critical_path() -> No
 
 def test_a_parent_that_waits_never_asks_for_a_join() -> None:
     assert Countdown(TOKENIZER, "apr").join_id == -1
+
+
+def table() -> list[list[str]]:
+    """Rows of the demonstrators in docs/results.md: preset, unjoined, solved, children, total, sequential, context."""
+    section = (REPOSITORY / "docs/results.md").read_text().partition("### Parents that go on\n")[2].partition("\n#")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    return [row for row in rows if len(row) == 7 and row[0] in common.PRESETS]
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: " ".join(row[:2]))
+def test_what_the_documents_say_of_parents_that_go_on(row: list[str]) -> None:
+    preset, unjoined, *expected = row
+    config = apr.get_config(preset)
+    config.demonstrator.update(unjoined=int(unjoined.split()[0]), beam_low=8)
+    parts = build(config)
+    demonstrator, task = parts.domain.demonstrator, parts.domain.task
+    made = []
+    for index, drawn in enumerate(parts.test_set()):
+        trace = solver.demonstrate(drawn, demonstrator, random.Random(f"demonstrator 8 {index}"))
+        made.append(record(drawn, trace, task))
+    fitting = [r for r in made if r.grade.correct and records.longest_context(r.root) <= config.model.context]
+    costs = records.mean_costs(made, ("children", "total_tokens", "sequential_tokens", "longest_context"))
+    found = [f"{len(fitting) / len(made):.3f}", f"{costs.pop('children'):.2f}", *(f"{mean:,.0f}" for mean in costs.values())]
+    assert found == expected
+
+
+def test_the_table_has_both_kinds_of_parents_at_two_presets() -> None:
+    assert len(table()) == 8
