@@ -37,7 +37,7 @@ from ml_collections import ConfigDict, config_flags
 import records
 from analysis import sweep
 from checks import require
-from harness.build import Parts, build, check_prompts, check_targets
+from harness.build import Parts, build, check_parents, check_prompts, check_targets
 from harness.cli import UsageError, usage_errors
 from harness.evaluation import report
 from harness.files import digest
@@ -139,6 +139,7 @@ def main(_: list[str]) -> None:
         parts = build(args.config)
         kept = read_config(source)
         check_targets(args.config, kept)
+        check_parents(args.config, kept)
         problems = chosen_problems(args, parts)
         check_prompts(parts, problems)
     params, result = load_best(source, parts.param_shapes())

@@ -224,7 +224,7 @@ def concurrency(costs: dict[str, float], config: GrpoConfig) -> float:
     """Bonus of a correct rollout for the mean number of active workers over the critical path, up to a cap.
 
     min(total / sequential tokens, cap) / cap, in (0, 1] (AsyncThink, arXiv 2510.26658: the threshold tau is the cap;
-    their pool has a fixed size, ours has none).
+    their pool has a fixed size, ours has none). Children that nobody joined count too.
     """
     workers = costs["total_tokens"] / max(costs["sequential_tokens"], 1)
     return config.concurrency * min(workers / config.concurrency_cap, 1.0)

@@ -48,7 +48,7 @@ from protocols import (
     Task,
     join_id,
 )
-from records import Call, Rollout, Thread, total_tokens
+from records import Call, Rollout, Thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Limits(Checked):
     spawns: Annotated[int, at_least(0)]  # per thread
     depth: Annotated[int, at_least(0)]  # of nesting; 0 forbids spawning, 1 is the paper's
     thread_tokens: Annotated[int, at_least(1)]  # sampled ids per thread
-    rollout_tokens: Annotated[int, at_least(1)]  # sampled ids per rollout; the children of a spawn share the rest
+    rollout_tokens: Annotated[int, at_least(1)]  # sampled ids per rollout; the children of a spawn share what is left
     forced_answer_tokens: Annotated[int, at_least(0)] = 0  # for the forced answer of a root that reached thread_tokens
     min_budget_rounds: Annotated[int, at_least(0)] = 0  # times that a root which gives up must continue
 
@@ -76,9 +76,10 @@ EVICT_BELOW_BUSY = 0.5  # waiting parents keep their rows while at least this sh
 class _Spawned:
     """The children of one spawn, until their parent joins them."""
 
-    threads: list[Thread]
-    granted: int  # ids that they and their descendants may sample
     running: int  # how many have not ended
+    threads: list[Thread] = dataclasses.field(default_factory=list)
+    unused: int = 0  # ids that those which have ended might have sampled
+    waiter: _Live | None = None  # the parent, once it waits for them
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,13 +87,12 @@ class _Live:
     """A thread in flight. `allowance` bounds the ids that it samples itself: what its children have is taken off."""
 
     thread: Thread
-    parent: _Live | None
+    siblings: _Spawned | None  # whose child it is; None for a root
     number: int  # of the request
     allowance: int
     key: tuple[int, int]
     row: int | None = None
     in_row: int = 0  # how many of its ids its row holds
-    siblings: _Spawned | None = None  # whose child it is
     unjoined: list[_Spawned] = dataclasses.field(default_factory=list)  # its spawns, the oldest first
     rewind: int = 0  # how many ids it keeps when it joins the oldest
     forced_answer_tokens: int = 0  # granted beyond thread_tokens, once it is made to answer
@@ -144,7 +144,8 @@ class Run:
         self.rows: list[_Live | None] = [None] * self.engine.rows
         self.active: dict[int, _Live] = {}  # row -> the thread that decodes there
         self.waiting: list[_Live] = []  # parents, in the order in which they began to wait
-        self.asynchronous = join_id(self.task) >= 0
+        self.join_id = join_id(self.task)
+        self.asynchronous = self.join_id >= 0
         self.running = [0] * len(self.requests)  # threads of each request
         self.ended: dict[int, Rollout] = {}  # request -> its rollout, once the root has ended
         self.done: list[tuple[int, Rollout]] = []
@@ -171,8 +172,8 @@ class Run:
 
     # -- scheduling
 
-    def _begin(self, parent: _Live | None, number: int, path: tuple, prompt: list[int], allowance: int) -> _Live:
-        live = _Live(Thread(path), parent, number, allowance, thread_key(self.seed, self.requests[number], path))
+    def _begin(self, siblings: _Spawned | None, number: int, path: tuple, prompt: list[int], allowance: int) -> _Live:
+        live = _Live(Thread(path), siblings, number, allowance, thread_key(self.seed, self.requests[number], path))
         live.thread.calls.append(Call(0, prompt))
         self.running[number] += 1
         heapq.heappush(self.ready, (live.priority(), live))
@@ -240,7 +241,7 @@ class Run:
             self._end(live, records.END)
         elif stopped.ids[-1] == self.task.spawn_id:
             self._spawn(live)
-        elif stopped.ids[-1] == join_id(self.task):
+        elif stopped.ids[-1] == self.join_id:
             self._ask_to_join(live)
         else:
             self._end(live, reason)
@@ -262,17 +263,16 @@ class Run:
         if len(spawn.prompts) > limits.children:
             return self._end(live, records.CHILDREN)
         self._call_stopped(thread, records.FORK if self.asynchronous else records.SPAWN)
-        # A parent that goes on keeps as much for itself, and for each spawn to come, as for this one.
-        parts = len(spawn.prompts) * (limits.spawns + 1 if self.asynchronous else 1)
+        # A parent that goes on keeps as much for itself, and for each spawn that it has left, as for this one.
+        parts = len(spawn.prompts) * (limits.spawns - len(thread.spawns) + 1 if self.asynchronous else 1)
         share = (live.allowance - live.sampled()) // parts
-        spawned = _Spawned([], share * len(spawn.prompts), len(spawn.prompts))
+        spawned = _Spawned(len(spawn.prompts))
         for number, prompt in enumerate(spawn.prompts):
-            child = self._begin(live, live.number, (*thread.path, len(thread.spawns), number), prompt, share)
-            child.siblings = spawned
+            child = self._begin(spawned, live.number, (*thread.path, len(thread.spawns), number), prompt, share)
             spawned.threads.append(child.thread)
+            live.allowance -= share
         thread.spawns.append(spawned.threads)
         live.unjoined.append(spawned)
-        live.allowance -= spawned.granted
         if self.asynchronous:
             self._continue(live, spawn.start, typing.cast(AsynchronousTask, self.task).started())
         else:
@@ -288,7 +288,7 @@ class Run:
 
     def _wait(self, live: _Live, keep: int) -> None:
         """Makes a thread wait for its oldest spawn, unless that has ended."""
-        live.rewind = keep
+        live.rewind, live.unjoined[0].waiter = keep, live
         self.waiting.append(live)
         if not live.unjoined[0].running:
             self._join(live)
@@ -301,17 +301,19 @@ class Run:
     def _end(self, live: _Live, reason: str) -> None:
         """Ends a thread and frees its row. A parent that waited for it may go on. A root may be forced on."""
         self._call_stopped(live.thread, reason)
-        if live.parent is None and (forced := self._forced(live)):
+        siblings = live.siblings
+        if siblings is None and (forced := self._forced(live)):
             return self._continue(live, *forced)
         if live.row is not None:
             self.rows[live.row] = None
         self.running[live.number] -= 1
-        if live.parent is None:
+        if siblings is None:
             self._grade(live)
-        elif live.siblings is not None:
-            live.siblings.running -= 1
-            if not live.siblings.running and live.parent in self.waiting and live.parent.unjoined[0] is live.siblings:
-                self._join(live.parent)
+        else:
+            siblings.running -= 1
+            siblings.unused += live.allowance - live.sampled()  # without what its own children may yet sample
+            if siblings.waiter and not siblings.running:
+                self._join(siblings.waiter)
         if not self.running[live.number]:
             self.done.append((live.number, self.ended.pop(live.number)))
 
@@ -319,7 +321,7 @@ class Run:
         """Rewinds a parent to before it asked, extends it by the join block and makes it ready."""
         self.waiting.remove(live)
         joined = live.unjoined.pop(0)
-        live.allowance += joined.granted - sum(map(total_tokens, joined.threads))
+        live.allowance += joined.unused
         self._continue(live, live.rewind, self.task.join(joined.threads))
 
     def _continue(self, live: _Live, keep: int, ids: list[int]) -> None:

@@ -46,7 +46,7 @@ class Task(typing.Protocol):
 
     @property
     def spawn_id(self) -> int:
-        """Sampling this id suspends the thread and starts children."""
+        """Sampling this id starts children, and suspends the thread unless it is of an `AsynchronousTask`."""
 
     def prompt(self, problem: typing.Any) -> list[int]:
         """Prompt of the root thread."""
@@ -58,7 +58,7 @@ class Task(typing.Protocol):
         """Join block of finished children, in the order of the spawn. A child that did not end has failed."""
 
     def grade(self, problem: typing.Any, root: Thread) -> Grade:
-        """Verdict on a finished root thread."""
+        """Verdict on a root thread that has ended. Children that it did not join may still run."""
 
 
 class AsynchronousTask(Task, typing.Protocol):

@@ -27,7 +27,8 @@ CHILDREN = "children"  # more than Limits.children in one spawn
 SPAWNS = "spawns"  # more than Limits.spawns spawns in one thread
 DEPTH = "depth"  # deeper than Limits.depth
 STOPS = (END, SPAWN, FORK, JOIN, CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, MALFORMED, CHILDREN, SPAWNS, DEPTH)
-SPAWNED = (SPAWN, FORK)  # the calls that started children
+SPAWNED = (SPAWN, FORK)  # calls that started children
+WAITED = (SPAWN, JOIN)  # calls after which the thread waited for children
 TRUNCATED = (CONTEXT, THREAD_TOKENS, ROLLOUT_TOKENS, CHILDREN, SPAWNS, DEPTH)  # cut by a bound, not by the model
 
 
@@ -38,7 +39,8 @@ class Call:
     Its context is the first `keep` ids of the call before it (context and
     sampled ids together), followed by `injected`. For a first call `keep` is 0
     and `injected` the prompt; for a call after a join `keep` is the rewind point
-    and `injected` the join block. Injected ids are never training targets.
+    and `injected` the join block (after a fork: what says that children have
+    started). Injected ids are never training targets.
     """
 
     keep: int
@@ -60,7 +62,7 @@ class Thread:
     path: tuple[int, ...]
     calls: list[Call] = dataclasses.field(default_factory=list)
     spawns: list[list[Thread]] = dataclasses.field(default_factory=list)
-    detail: str = ""  # what was wrong with a malformed spawn block
+    detail: str = ""  # what was wrong with a malformed spawn block or join
 
     def ids(self) -> list[int]:
         """Context and sampled ids of the last call: what the thread remembers."""
@@ -120,14 +122,22 @@ def total_tokens(thread: Thread) -> int:
 
 def sequential_tokens(thread: Thread) -> int:
     """Longest chain of dependent ids up to the thread's end: its own, and while it waits its slowest child's."""
-    clock, running, spawns = 0, [], iter(thread.spawns)
+    return clock(thread)[-1]
+
+
+def clock(thread: Thread) -> list[int]:
+    """When each call of a thread starts, on a clock of tokens from 0, and when the last one ends.
+
+    Children start when the call that spawned them ends. A call after a join starts when its thread asked for the join
+    and the slowest child has ended.
+    """
+    times, running, spawns = [0], [], iter(thread.spawns)
     for call in thread.calls:
-        clock += len(call.sampled)
+        now = times[-1] + len(call.sampled)
         if call.stop in SPAWNED:
-            running.append(clock + max(map(sequential_tokens, next(spawns))))
-        if call.stop in (SPAWN, JOIN):
-            clock = max(clock, running.pop(0))
-    return clock
+            running.append(now + max(map(sequential_tokens, next(spawns))))
+        times.append(max(now, running.pop(0)) if call.stop in WAITED else now)
+    return times
 
 
 def longest_context(thread: Thread) -> int:

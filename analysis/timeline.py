@@ -14,9 +14,9 @@ class Lane:
     """A thread on the clock: call i runs from starts[i], in tokens, for as many as it sampled."""
 
     thread: Thread
-    starts: list[int] = dataclasses.field(default_factory=list)
-    critical: list[bool] = dataclasses.field(default_factory=list)  # whether the end of the rollout waits for call i
-    joins: list[int] = dataclasses.field(default_factory=list)  # when the parent goes on from the join of spawn i
+    starts: list[int]
+    critical: list[bool]  # whether the end of the rollout waits for call i
+    joins: list[int]  # when the parent goes on from the join of spawn i
 
     def runs(self) -> Iterator[tuple[int, Call]]:
         """(start, call) of every call."""
@@ -30,31 +30,20 @@ def timeline(thread: Thread, start: int = 0, critical: bool = True) -> list[Lane
     at once if all have ended. So the last call of the root ends at `sequential_tokens`, which is also the length of all
     critical calls together. A spawn that is never joined has no entry in `joins`.
     """
-    lane, spawned, waits = Lane(thread), [], []  # (call that spawned, children, its end); (spawn, call that waits)
-    clock, spawns = start, iter(thread.spawns)
-    for number, call in enumerate(thread.calls):
-        lane.starts.append(clock)
-        clock += len(call.sampled)
-        if call.stop in records.SPAWNED:
-            spawned.append((number, next(spawns), clock))
-        if call.stop in (records.SPAWN, records.JOIN):
-            _, children, begun = spawned[len(lane.joins)]
-            end = begun + max(map(sequential_tokens, children))
-            waits.append((len(lane.joins), number, end > clock))
-            clock = max(clock, end)
-            lane.joins.append(clock)
-    # Back from the end: where a child was waited for, the critical path is the child, and its parent's calls before the
-    # spawn.
-    lane.critical, awaited = [critical] * len(thread.calls), set()
-    last = len(thread.calls)
-    for spawn, number, late in reversed(waits):
-        if late and number < last:
-            last = spawned[spawn][0] + 1
-            awaited.add(spawn)
+    calls, times = thread.calls, [start + time for time in records.clock(thread)]
+    ends = [time + len(call.sampled) for time, call in zip(times, calls, strict=False)]
+    spawns = [number for number, call in enumerate(calls) if call.stop in records.SPAWNED]
+    waits = [number for number, call in enumerate(calls) if call.stop in records.WAITED]
+    lane = Lane(thread, times[:-1], [critical] * len(calls), [times[number + 1] for number in waits])
+    # Back from the end: where a child was waited for, it is critical, and so are its parent's calls up to its spawn.
+    late, last = [False] * len(spawns), len(calls)
+    for spawn, number in reversed([*enumerate(waits)]):
+        if number < last and ends[number] < times[number + 1]:
+            late[spawn], last = True, spawns[spawn] + 1
             lane.critical[last : number + 1] = [False] * (number + 1 - last)
     below = []
-    for spawn, (_, children, begun) in enumerate(spawned):
+    for number, children, waited_for in zip(spawns, thread.spawns, late, strict=True):
         slowest = max(children, key=sequential_tokens)
         for child in children:
-            below += timeline(child, begun, critical and spawn in awaited and child is slowest)
+            below += timeline(child, ends[number], critical and waited_for and child is slowest)
     return [lane, *below]

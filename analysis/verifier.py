@@ -163,7 +163,7 @@ class _Reader:
             lines = (given + written).splitlines(keepends=True)
             if call.stop in records.TRUNCATED and lines and not lines[-1].endswith("\n"):
                 lines.pop()  # cut by the bound, not malformed
-            self.asks = call.stop == records.JOIN
+            self.asks = call.stop in (records.JOIN, records.MALFORMED)
             for line, text in enumerate(lines, 1):
                 self.call, self.line, self.given = number, line, line <= given.count("\n")
                 self._read_line(text)
@@ -173,7 +173,7 @@ class _Reader:
                 for child in self.unjoined[-1]:
                     child.read()
                     self.faults += child.faults
-            if call.stop in (records.SPAWN, records.JOIN) and self.unjoined:
+            if call.stop in records.WAITED and self.unjoined:
                 self.children = self.unjoined.pop(0)
             elif call.stop == records.MALFORMED:
                 self.fault(MALFORMED_SPAWN, self.thread.detail, self._hopeful(self.start))

@@ -40,7 +40,7 @@ STOPPED = {
     records.CONTEXT: "cut: its context was full",
     records.THREAD_TOKENS: "cut: the thread's tokens were used up",
     records.ROLLOUT_TOKENS: "cut: the rollout's tokens were used up",
-    records.MALFORMED: "its spawn block was malformed",
+    records.MALFORMED: "its spawn block or join was malformed",
     records.CHILDREN: "cut: it asked for too many children",
     records.SPAWNS: "cut: it asked for children too often",
     records.DEPTH: "cut: it asked for children too deep down",
@@ -81,9 +81,10 @@ def rollout_from_json(value: typing.Any, vocab_size: int, problem: Callable[[typ
         forced = {records.END, records.THREAD_TOKENS}  # a root may go on after these
         goes_on = {*EXTENDED} if result.path else {*EXTENDED, *forced}
         spawned = sum(stop in records.SPAWNED for stop in stops[:-1])
-        if not (stops and {*stops[:-1]} <= goes_on and all(result.spawns) and len(result.spawns) == spawned):
+        whole = stops and {*stops[:-1]} <= goes_on and stops[-1] not in EXTENDED
+        if not (whole and all(result.spawns) and len(result.spawns) == spawned):
             raise ValueError("a thread goes on only after a spawn, or forced, and has children for each of its spawns")
-        unjoined = [(stop in records.SPAWNED) - (stop in (records.SPAWN, records.JOIN)) for stop in stops[:-1]]
+        unjoined = [(stop in records.SPAWNED) - (stop in records.WAITED) for stop in stops[:-1]]
         if min(itertools.accumulate(unjoined), default=0) < 0:
             raise ValueError("a thread joins only what it has spawned")
         return result

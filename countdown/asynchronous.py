@@ -8,6 +8,8 @@
 
 A small `unjoined` starts few threads in vain, a large one keeps more at work.
 
+Differences from `Parallel`: the coin falls before the children are known, and an only child becomes a thread too.
+
 Deviations from AsyncThink: there a language model chooses what to delegate, when and to whom, and names the join that
 it asks for. Here a symbolic search is imitated, and joins are in the order of spawns.
 """
@@ -15,28 +17,26 @@ it asks for. Here a symbolic search is imitated, and joins are in the order of s
 from __future__ import annotations
 
 from countdown.language import JOIN_TEXT
-from countdown.search import LARGE_NUMBERS, Node, Parallel
+from countdown.search import Node, Parallel
 from countdown.states import Child
 
 
 class Asynchronous(Parallel):
-    """APR: each child of a promising node becomes a thread when it is listed, and is joined before all have started."""
+    """APR: each child of a promising node becomes a thread when it is listed."""
 
-    hands_out = False  # whether the children of the current node become threads
+    promising = False  # whether the children of the current node become threads
     goals: list[Node | None]  # what those found, in order
 
     def expand_node(self, node: Node) -> tuple[list[Node], Node | None]:
         """Decides whether the children become threads, and lists them."""
-        left, rules = len(node.numbers) - 1, self.rules
-        large = rules.spawn_when == "large"
-        chosen = left >= LARGE_NUMBERS if large else left > 1 and self.rng.random() < rules.spawn_probability
-        self.hands_out, self.goals = chosen, []
+        left = len(node.numbers) - 1
+        self.promising, self.goals = left > 1 and self.hands_out(left), []
         return super().expand_node(node)
 
     def write_child(self, node: Node, number: int, option: Child) -> Node:
         """Lists a child, and starts its thread. May join the oldest thread, and returns the goal if that found it."""
         child = super().write_child(node, number, option)
-        if self.hands_out:
+        if self.promising:
             self.goals += self.spawn([child])
             if len(self.goals) > self.rules.unjoined:
                 child = self.join() or child
@@ -44,7 +44,7 @@ class Asynchronous(Parallel):
 
     def is_promising(self, children: list[Node]) -> bool:
         """Whether the children have become threads."""
-        return self.hands_out
+        return self.promising
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
         """Joins child by child up to the first success."""

@@ -36,6 +36,9 @@ class CountdownDomain(Domain):
         require(nests, f"demonstrator.depth={depth} nests deeper than limits.depth={most}: raise limits.depth")
         both = depth > 1 and config.threads.inherit_context
         require(not both, f"threads.inherit_context hides a child's level: demonstrator.depth must be 1, not {depth}")
+        goes_on = self.demonstrator.unjoined >= 0
+        both = goes_on and config.threads.child_returns == "text"
+        require(not both, "child_returns=text shows foreign states to a parent that goes on: unjoined must be -1")
         self.children, self.tokens = config.budget.children, config.budget.tokens
         both = self.children != -1 and self.tokens != -1
         require(not both, f"budget.children={self.children} and budget.tokens={self.tokens}: ask for one")
@@ -43,7 +46,7 @@ class CountdownDomain(Domain):
             knows = value == -1 or (value >= 0 and self.demonstrator.method == method)
             require(knows, f"budget.{name}={value} must be -1, or at least 0 where {method} demonstrated it")
         self.demo_task = Countdown(
-            self.language, self.demonstrator.method, asynchronous=self.demonstrator.unjoined >= 0, **config.threads
+            self.language, self.demonstrator.method, asynchronous=goes_on, **config.threads
         )
         self.task = dataclasses.replace(self.demo_task, children_budget=self.children, token_budget=self.tokens)
 

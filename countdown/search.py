@@ -262,10 +262,13 @@ class Hybrid(Search):
     """SoS+: the children of a promising node are searched in place, one after another."""
 
     def is_promising(self, children: list[Node]) -> bool:
-        """Tosses the coin, or asks whether every child has at least `LARGE_NUMBERS` numbers left."""
-        if self.rules.spawn_when == "large":  # children of a node have as many numbers each
-            return bool(children) and len(children[0].numbers) >= LARGE_NUMBERS
-        return bool(children) and self.rng.random() < self.rules.spawn_probability
+        """Whether there are children, and they are handed out."""
+        return bool(children) and self.hands_out(len(children[0].numbers))
+
+    def hands_out(self, left: int) -> bool:
+        """Tosses the coin for children with `left` numbers, or asks whether these are at least `LARGE_NUMBERS`."""
+        large = self.rules.spawn_when == "large"
+        return left >= LARGE_NUMBERS if large else self.rng.random() < self.rules.spawn_probability
 
     def delegate(self, children: list[Node], level: int) -> Node | None:
         """Searches each child in a sub-search of this thread."""

@@ -215,7 +215,8 @@ class Countdown(Checked):
     def force_continue(self, ids: Sequence[int]) -> tuple[int, list[int]] | None:
         """Sends a root that found nothing on, to the first node that it listed and never moved to; None without one.
 
-        The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up.
+        The `Moving to Node` line plays the part of s1's "Wait"; it replaces the end and the line that gives up. Where
+        parents go on, a child that was not joined may be searching that node.
         """
         keep = len(ids) - 1 - (ids[-2] == self.tokenizer.id("No solution found.\n"))
         text = self.tokenizer.decode(ids[:keep])
@@ -253,7 +254,7 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
     def thread(trace: Trace, prompt: list[int], path: tuple[int, ...]) -> Thread:
         """The thread of a trace and, below it, its children."""
         result = Thread(path)
-        keep, injected = 0, prompt
+        keep, injected, unjoined = 0, prompt, []
         for text in trace.calls[:-1]:
             call = Call(keep, injected, task.tokenizer.encode(text), stop=records.JOIN)
             result.calls.append(call)
@@ -266,11 +267,8 @@ def record(problem: Problem, trace: Trace, task: Countdown) -> Rollout:
                 prompts = [task.child_prompt(context[:keep], child.prompt) for child in trace.spawns[number]]
                 children = [thread(c, prompts[j], (*path, number, j)) for j, c in enumerate(trace.spawns[number])]
                 result.spawns.append(children)
-            if call.stop == records.FORK:
-                injected = task.started()
-            else:
-                joins = sum(call.stop != records.FORK for call in result.calls)
-                injected = task.join(result.spawns[joins - 1])
+                unjoined.append(children)
+            injected = task.started() if call.stop == records.FORK else task.join(unjoined.pop(0))
         result.calls.append(Call(keep, injected, [*task.tokenizer.encode(trace.calls[-1]), task.end_id]))
         return result
 

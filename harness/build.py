@@ -111,6 +111,13 @@ def check_targets(config: ConfigDict, start: Mapping[str, typing.Any]) -> None:
     require(kept <= met, f"problems.unseen_targets={kept}: the run met some of these (its share is {met}), train anew")
 
 
+def check_parents(config: ConfigDict, start: Mapping[str, typing.Any]) -> None:
+    """Raises ValueError if parents go on after a spawn in one of two configs and wait in the other."""
+    here, there = (each.get("demonstrator", {}).get("unjoined", -1) for each in (config, start))
+    same = (here >= 0) == (there >= 0)
+    require(same, f"demonstrator.unjoined={here}: the parameters learned another way to join (it was {there})")
+
+
 @contextlib.contextmanager
 def field_errors() -> Iterator[None]:
     """Turns what a wrong field of a configuration raises, in a block or a decorated function, into a ValueError."""

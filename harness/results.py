@@ -40,7 +40,7 @@ class Result:
     sequential_tokens: float
     longest_context: float
     children: float
-    width: float  # children of its largest spawn
+    width: float  # children of its largest spawn; 1 where parents go on
     depth: float
     truncated: float
     malformed: float

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import sft
 from configs import apr, common, direct, sos, sosp
 from configs import grpo as rl
-from harness.build import build, check_targets
+from harness.build import build, check_parents, check_targets
 from harness.evaluation import report
 from harness.rollouts import RolloutPool
 from harness.workdir import Workdir, load_best, read_config
@@ -81,6 +81,31 @@ def test_targets_are_unseen_only_where_no_parameters_met_them():
     with pytest.raises(ValueError, match=r"unseen_targets=0\.3: the run met some of these \(its share is 0\.2\)"):
         check_targets(config, start)
     check_targets(ConfigDict({}), {})  # a task without such a share
+
+
+def test_parents_wait_or_go_on_as_the_parameters_learned_it():
+    config, start = apr.get_config("smoke"), apr.get_config("smoke")
+    for here, there in ((-1, -1), (0, 3)):
+        config.demonstrator.unjoined, start.demonstrator.unjoined = here, there
+        check_parents(config, start)
+    with pytest.raises(ValueError, match="unjoined=0: the parameters learned another way to join .it was -1."):
+        check_parents(config, {"demonstrator": {}})  # a run from before there was a choice
+    check_parents(ConfigDict({}), {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "match"),
+    [
+        (sosp, {"demonstrator.unjoined": 1}, "sosp has no threads to join: unjoined must be -1, not 1"),
+        (apr, {"demonstrator.unjoined": -2}, "unjoined=-2 must be"),
+        (apr, {"demonstrator.unjoined": 1, "threads.child_returns": "text"}, "child_returns=text shows foreign states"),
+    ],
+)
+def test_parents_that_go_on_where_they_cannot(recipe, changes, match):
+    config = recipe.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=match):
+        build(config)
 
 
 # ------------------------------------------------------------------- every preset

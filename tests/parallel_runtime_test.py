@@ -540,14 +540,25 @@ def test_a_thread_without_children_left_to_join_is_malformed() -> None:
 
 
 def test_a_parent_that_goes_on_shares_its_tokens_with_the_spawns_to_come() -> None:
-    """100 ids and 4 spawns: a fifth of what is left goes to each. Of its 16 the second child may not sample 17."""
+    """100 ids are left and 4 spawns: each gets a fifth. The second child may sample 19 and wants 21."""
     limits = dataclasses.replace(LIMITS, rollout_tokens=103, thread_tokens=200)
-    told = {"p:": "<a>", "p:~": "<b>", "p:~~": "&", "a:": "k" * 19 + ".", "b:": "k" * 16 + "."}
+    told = {"p:": "<a>", "p:~": "<b>", "p:~~": "&", "a:": "k" * 19 + ".", "b:": "k" * 20 + "."}
     told |= {f"p:~~[{'k' * 19}]": "&", f"p:~~[{'k' * 19}][!]": "."}
     root = solo(told, task=AsynchronousToy(), limits=limits)
-    # (103 - 3) // 5 = 20, then (83 - 6) // 5 = 15
+    # (103 - 3) // 5 = 20, then (83 - 6) // 4 = 19
     assert [thread.stop for thread in root.walk()] == [records.END, records.END, records.ROLLOUT_TOKENS]
-    assert [records.total_tokens(children[0]) for children in root.spawns] == [20, 15]
+    assert [records.total_tokens(children[0]) for children in root.spawns] == [20, 19]
+
+
+@pytest.mark.parametrize(("rows", "patience"), [(1, 1), (2, 2), (8, 1), (8, 3)])
+def test_what_a_grandchild_may_yet_sample_is_not_given_back(rows: int, patience: int) -> None:
+    """The root joins "a" while its child "b" runs. 197 // 2 = 98 for a, (98 - 3) // 2 = 47 for b, which samples 5."""
+    told = {"p:": "<a>", "p:~": "&", "a:": "<b>", "a:~": "zzzzzzzzzz.", "b:": "yyyy."}
+    script: Script = lambda context, _: told.get(context, "x" * 400)
+    limits = Limits(children=4, spawns=1, depth=2, thread_tokens=1000, rollout_tokens=200)
+    root = solo(script, task=AsynchronousToy(), limits=limits, rows=rows, context=900, patience=patience)
+    assert [sum(len(call.sampled) for call in thread.calls) for thread in root.walk()] == [200 - 14 - 47, 14, 5]
+    assert (root.stop, records.total_tokens(root)) == (records.ROLLOUT_TOKENS, 200 - 47 + 5)
 
 
 # ------------------------------------------------------------------- several runtimes side by side

@@ -88,12 +88,15 @@ def fuzz(number: int, reasons: collections.Counter[str]) -> None:
         verify(rollout.root, task, limits, context, limits.rollout_tokens)
 
 
-def verify(thread: Thread, task: Toy, limits: Limits, context: int, allowance: int) -> None:
-    """The thread and its descendants keep every bound, and each ended for the reason it gives."""
+def verify(thread: Thread, task: Toy, limits: Limits, context: int, allowance: int) -> int:
+    """The thread and its descendants keep every bound, and each ended for the reason it gives.
+
+    Returns what the thread might still have sampled, without what it granted to children that it did not join.
+    """
     memory: list[int] = []
     bound = limits.thread_tokens
     own, extended, answering, spawns, granted = 0, 0, False, iter(enumerate(thread.spawns)), allowance
-    unjoined: list[tuple[list[Thread], int]] = []  # with what their parent granted them
+    unjoined: list[tuple[list[Thread], int]] = []  # with what they leave unused
     for number, call in enumerate(thread.calls):
         memory = memory[: call.keep] + call.injected + call.sampled
         own += len(call.sampled)
@@ -116,15 +119,16 @@ def verify(thread: Thread, task: Toy, limits: Limits, context: int, allowance: i
             keep = spawn.start
             assert [child.calls[0].injected for child in children] == spawn.prompts
             assert 1 <= len(children) <= limits.children
-            share = (allowance - own) // (len(children) * (limits.spawns + 1 if call.stop == records.FORK else 1))
+            share = (allowance - own) // (len(children) * (limits.spawns - spawned + 1 if call.stop == records.FORK else 1))
+            unused = 0
             for place, child in enumerate(children):
                 assert child.path == (*thread.path, spawned, place)
-                verify(child, task, limits, context, share)
-            unjoined.append((children, share * len(children)))
+                unused += verify(child, task, limits, context, share)
+            unjoined.append((children, unused))
             allowance -= share * len(children)
         if call.stop != records.FORK:
-            children, lent = unjoined.pop(0)
-            allowance += lent - sum(map(records.total_tokens, children))
+            children, unused = unjoined.pop(0)
+            allowance += unused
             given = task.join(children)
         assert (thread.calls[number + 1].keep, thread.calls[number + 1].injected) == (keep, given)
     assert not list(spawns) and len(thread.spawns) <= limits.spawns and len(thread.path) // 2 <= limits.depth
@@ -146,6 +150,7 @@ def verify(thread: Thread, task: Toy, limits: Limits, context: int, allowance: i
     }[thread.stop]
     assert (text(last) in stops(task) and last != []) == (thread.stop not in (records.CONTEXT, records.THREAD_TOKENS, records.ROLLOUT_TOKENS))
     assert bool(thread.detail) == (thread.stop == records.MALFORMED)
+    return allowance - own
 
 
 def run_many(numbers: range) -> None:
