@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = (".", "countdown", "harness", "analysis", "configs")  # examples have no budget
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
-TOTAL, CORE = 6480, 2895  # of all modules; of the top level and countdown/, which a student reads
+TOTAL, CORE = 6490, 2896  # of all modules; of the top level and countdown/, which a student reads
 LONGEST_MODULE, LONGEST_FUNCTION = 350, 45  # lines in all; code lines
 WORDS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
