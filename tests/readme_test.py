@@ -33,6 +33,7 @@ MOST_WORDS = 1000  # of the README
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"# (takes|needs) ")
 SET_UP = re.compile(r"(git clone|cd|source|\.|python3?(\.\d+)? -m venv|(\S*/)?pip3? install|\S+ -m pip install) ")
+COARSE = "--config.sampler.buckets=coarse --config.sampler.length_bucket=512"  # compiles few functions
 PYTHON = re.compile(r"(?<![\w./-])(\.venv/bin/)?python3?(?= )")
 PYTEST = re.compile(r"(?<![\w./-])(\.venv/bin/)?pytest\b(?! *[=>])")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -79,7 +80,7 @@ def _short(part: str) -> str:
     if script and script[1] in ("sft", "grpo"):
         words = _smoke(words, script[1])
     elif script and not re.search(r"--(numbers|problems)=", words):
-        words += " --config.evaluation.problems=16"
+        words += f" --config.evaluation.problems=16 {COARSE}"
     elif "-m pytest" in words or PYTEST.match(words):
         words += " --collect-only -q"  # the tests do not run themselves
     if "-m pytest" not in words:
@@ -96,6 +97,8 @@ def _smoke(words: str, script: str) -> str:
     path, name, preset = recipe.groups() if recipe else (f"configs/{'apr' if script == 'sft' else 'grpo'}.py", "", "")
     words = words.replace(recipe[0], "") if recipe else words
     words = re.sub(r"--config\.((optimizer|train|grpo)\.\w+|init)=\S+", "", words)  # what is of the preset's size
+    if script == "grpo" and "--init=" not in words:  # as printed it starts from the run that was printed before
+        words += " --init=runs/apr"
     named = re.search(r"--config\.name=(\S+)", words)
     if "--workdir=" not in words and script == "sft":
         suffix = "" if preset in (None, "", "laptop") else f"-{preset}"
@@ -134,7 +137,8 @@ def _smoke(words: str, script: str) -> str:
             "python grpo.py --config=examples/products.py:grpo --init=runs/products",
             "PY grpo.py --config=examples/products.py:grpo --init=runs/products --config.grpo.steps=1",
         ),
-        ("python evaluate.py", "PY evaluate.py --config.evaluation.problems=16"),
+        ("python evaluate.py", f"PY evaluate.py --config.evaluation.problems=16 {COARSE}"),
+        ("python grpo.py", "PY grpo.py --init=runs/apr --config=configs/grpo.py:smoke"),
         ("python evaluate.py --numbers=7,2,19 --target=31", "PY evaluate.py --numbers=7,2,19 --target=31"),
         ("python evaluate.py --problems=problems.json", "PY evaluate.py --problems=problems.json"),
         ("python solver.py --method=apr && ruff check .", "PY solver.py --method=apr && ruff check ."),

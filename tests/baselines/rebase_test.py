@@ -279,7 +279,7 @@ def test_the_reward_model_says_one_half_before_and_the_labels_after_training():
     good, bad = TASK.tokenizer.encode(STATE + FIRST), TASK.tokenizer.encode(STATE + FIRST + SECOND)
     states = [(PROBLEM, good), (PROBLEM, bad), (PROBLEM, good)]
     assert reward.learned(parts.model, fresh, states) == [0.5, 0.5, 0.5]
-    ids_RT = reward.padded([good, bad], 2, 512)
+    ids_RT = reward.padded([good, bad], 2, 128)
     label_RT, is_end_RT = np.zeros(ids_RT.shape, np.float32), np.zeros(ids_RT.shape, bool)
     is_end_RT[0, len(good) - 1] = is_end_RT[1, len(bad) - 1] = label_RT[0, len(good) - 1] = True
     seen: list[float] = []
