@@ -1,4 +1,7 @@
-"""The shipped checkpoint through spawn and join, on 1 and 8 devices, against forwards of whole rows without a cache."""
+"""Shipped checkpoints through spawn and join, on 1 and 8 devices, against forwards of whole rows without a cache.
+
+The parents of one wait for their children, those of the other go on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from decoding import SamplerConfig
 from harness.build import Parts, build
 from harness.workdir import PRETRAINED, load_best, read_config
 from parallel_runtime import Runtime
-from protocols import Request
+from protocols import Request, stop_ids
 from records import Rollout
 from sampler import Sampler
 
@@ -25,13 +28,14 @@ NEAR_TIE = 1e-4  # nats between the two best ids: float32 may order them either 
 REQUESTS = 4
 
 
-@pytest.fixture(scope="module")
-def setting() -> tuple[Parts, dict, list[Request]]:
-    """The shipped model and a few held-out problems."""
-    config = ConfigDict(read_config(PRETRAINED))
+@pytest.fixture(scope="module", params=["apr", "apr-async"])
+def setting(request) -> tuple[Parts, dict, list[Request]]:
+    """A shipped model and a few held-out problems."""
+    run = PRETRAINED.parent / request.param
+    config = ConfigDict(read_config(run))
     config.mesh.data = 1
     experiment = build(config)
-    params = jax.tree.map(jnp.asarray, load_best(PRETRAINED, experiment.param_shapes())[0])
+    params = jax.tree.map(jnp.asarray, load_best(run, experiment.param_shapes())[0])
     return experiment, params, [Request(problem) for problem in experiment.test_set()[:REQUESTS]]
 
 
@@ -54,16 +58,11 @@ def oracle(setting) -> Callable[[list[int]], tuple[np.ndarray, np.ndarray]]:
     return padded
 
 
-def stop_ids(setting) -> tuple[int, int]:
-    task = setting[0].domain.task
-    return task.end_id, task.spawn_id
-
-
 def run(setting, devices: int, rows: int, temperature: float, **sizes: int | str) -> list[Rollout]:
     experiment, params, requests = setting
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     config = SamplerConfig(rows=rows, steps_per_call=16, max_gathered_slots=1536, temperature=temperature, top_k=0, top_p=1.0, **sizes)
-    engine = Sampler(experiment.model, params, config, stop_ids(setting), mesh)
+    engine = Sampler(experiment.model, params, config, stop_ids(experiment.domain.task), mesh)
     return Runtime(engine, experiment.domain.task, experiment.limits).run(requests, seed=(0,))
 
 
@@ -74,7 +73,7 @@ def run(setting, devices: int, rows: int, temperature: float, **sizes: int | str
 def test_every_greedy_id_is_the_best_of_a_forward_of_the_whole_row(setting, oracle, devices, rows, sizes):
     rollouts = run(setting, devices, rows, 0.0, **sizes)
     assert any(rollout.root.spawns for rollout in rollouts) and any(rollout.grade.correct for rollout in rollouts)
-    stops = set(stop_ids(setting))
+    stops = set(stop_ids(setting[0].domain.task))
     for thread in (thread for rollout in rollouts for thread in rollout.threads()):
         row: list[int] = []
         for call in thread.calls:
@@ -84,7 +83,7 @@ def test_every_greedy_id_is_the_best_of_a_forward_of_the_whole_row(setting, orac
             assert call.sampled == best[:, 0].tolist()
             np.testing.assert_allclose(call.logprobs, logp[:, 0], atol=1e-4)
             assert not stops & set(call.sampled[:-1])
-            assert (call.sampled[-1] in stops) == (call.stop in (records.END, records.SPAWN))
+            assert (call.sampled[-1] in stops) == (call.stop in (records.END, *records.SPAWNED, records.JOIN))
 
 
 def calls(rollouts: list[Rollout]) -> list[tuple]:
