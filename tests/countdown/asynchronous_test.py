@@ -129,7 +129,7 @@ def test_a_parent_that_waits_never_asks_for_a_join() -> None:
 
 def table() -> list[list[str]]:
     """Rows of the demonstrators in docs/results.md: preset, unjoined, solved, children, total, sequential, context."""
-    section = (REPOSITORY / "docs/results.md").read_text().partition("### Parents that go on\n")[2].partition("\n#")[0]
+    section = (REPOSITORY / "docs/results.md").read_text().partition("### Asynchronous join\n")[2].partition("\n#")[0]
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines()]
     return [row for row in rows if len(row) == 7 and row[0] in common.PRESETS]
 
